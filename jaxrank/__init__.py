@@ -1,0 +1,3 @@
+"""jaxrank: rerankers on JAX."""
+
+__version__ = "0.1.0"

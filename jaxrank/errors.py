@@ -1,0 +1,35 @@
+"""What can go wrong, as one small tree.
+
+    JaxrankError
+    ├── RequestError       a query, document or argument that cannot be scored; the caller can mend it
+    │   └── TooLongError   a pair that does not fit and may not be truncated
+    └── ModelError         a model that cannot be loaded, converted or saved
+        ├── CheckpointError    files missing, damaged, or not matching the model
+        └── UnsupportedError   an architecture or configuration that jaxrank does not implement
+
+Messages say what came, what is allowed, and what to do.
+"""
+
+
+class JaxrankError(Exception):
+    """Base of every error that jaxrank raises on purpose."""
+
+
+class RequestError(JaxrankError, ValueError):
+    """A query, document or argument that cannot be scored."""
+
+
+class TooLongError(RequestError):
+    """A pair longer than the model's limit, where truncation was refused."""
+
+
+class ModelError(JaxrankError):
+    """A model that cannot be loaded, converted or saved."""
+
+
+class CheckpointError(ModelError):
+    """Files of a model that are missing, damaged, or do not match the model."""
+
+
+class UnsupportedError(ModelError):
+    """An architecture or configuration that jaxrank does not implement."""

@@ -1,0 +1,81 @@
+"""Attention in plain XLA: `dense`, the oracle, and `tiled`, which runs everywhere and whose cost follows the tiles."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from jaxrank.kernels.tiles import classes
+from jaxrank.types import Layout
+
+MASKED = -1e30
+"""Finite, so that a row without any key gives weights that can be zeroed instead of NaN."""
+
+
+def _allowed(spans: Int32[Array, "B 4"], keys: Int32[Array, " W"]) -> Bool[Array, "B W"]:
+    a0, a1, b0, b1 = (spans[:, i, None] for i in range(4))
+    return ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
+
+
+def _softmax_rows(scores: Float[Array, "K GB W"], allowed: Bool[Array, "GB W"]) -> tuple[Array, Array]:
+    """Unnormalised weights [K, GB, W] and their sums [K, GB, 1], float32; rows without keys give 0 and 1."""
+    scores = jnp.where(allowed, scores, MASKED)
+    weights = jnp.where(allowed, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    return weights, jnp.where(total > 0, total, 1.0)
+
+
+def dense(
+    q: Float[Array, "R N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], layout: Layout, *, scale: float
+) -> Float[Array, "R N H"]:
+    """Every row against every key with a mask: R x T memory. The reference, and right for any spans."""
+    rows, heads, size = q.shape
+    groups = heads // k.shape[1]
+    allowed = _allowed(jnp.asarray(layout.spans), jnp.arange(k.shape[0]))
+    grouped = q.reshape(rows, k.shape[1], groups, size)
+    scores = jnp.einsum("RKGH,TKH->KGRT", grouped, k, preferred_element_type=jnp.float32) * scale
+    weights, total = _softmax_rows(scores.reshape(k.shape[1], groups * rows, -1), jnp.tile(allowed, (groups, 1)))
+    weights = (weights / total).reshape(scores.shape)
+    out = jnp.einsum("KGRT,TKH->RKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def tiled(
+    q: Float[Array, "R N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], layout: Layout, *, scale: float
+) -> Float[Array, "R N H"]:
+    """One loop for each tile class over the layout's tile list.
+
+    Heads lie outermost while looping, so that a tile is one batched product. The output is carried in float32:
+    XLA's CPU backend would turn a bfloat16 update of the carried buffer into a float32 copy of all of it.
+    """
+    rows, heads, size = q.shape
+    keys, kv_heads, _ = k.shape
+    groups = heads // kv_heads
+    qh = q.reshape(rows, kv_heads, groups, size).transpose(1, 2, 0, 3)
+    kh, vh = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
+    spans, tiles, starts = jnp.asarray(layout.spans), jnp.asarray(layout.tiles), jnp.asarray(layout.starts)
+
+    def one_class(height: int, window: int):
+        def body(i: Array, out: Array) -> Array:
+            q0, r0, r1, a0, an, b0, bn = tiles[i]
+            slots = jnp.arange(window)
+            at = jnp.clip(jnp.where(slots < an, a0 + slots, b0 + slots - an), 0, keys - 1)
+            key, value = (jnp.take(x, at, axis=1, mode="clip") for x in (kh, vh))
+            query = jax.lax.dynamic_slice_in_dim(qh, q0, height, 2).reshape(kv_heads, groups * height, size)
+            mine = jax.lax.dynamic_slice_in_dim(spans, q0, height, 0)
+            allowed = jnp.tile(_allowed(mine, at) & (slots < an + bn), (groups, 1))
+            scores = jnp.einsum("KBH,KWH->KBW", query, key, preferred_element_type=jnp.float32) * scale
+            weights, total = _softmax_rows(scores, allowed)
+            new = jnp.einsum("KBW,KWH->KBH", weights.astype(v.dtype), value, preferred_element_type=jnp.float32) / total
+            old = jax.lax.dynamic_slice_in_dim(out, q0, height, 2)
+            row = q0 + jnp.arange(height)
+            kept = ((row >= r0) & (row < r1))[:, None]
+            return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(kept, new.reshape(old.shape), old), q0, 2)
+
+        return body
+
+    out = jnp.zeros(qh.shape, jnp.float32)
+    for c, (height, window) in enumerate(classes(keys, rows)):
+        out = jax.lax.fori_loop(starts[c], starts[c + 1], one_class(height, window), out)
+    return out.transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,67 @@
+"""Pieces that every model family shares: products in float32, norms, activations, running a stack of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+INIT_SCALE = 0.02
+
+
+def weight(rngs: nnx.Rngs, shape: Sequence[int], dtype: DTypeLike, scale: float = INIT_SCALE) -> nnx.Param[Array]:
+    """A normal-distributed parameter; the distribution matters only where a model is trained from scratch."""
+    return nnx.Param(jax.random.normal(rngs.params(), tuple(shape), jnp.float32).astype(dtype) * scale)
+
+
+def einsum(spec: str, x: Array, kernel: Array) -> Float32[Array, "..."]:
+    """A product with float32 accumulation and result, whatever the operands' dtype.
+
+    Free on TPU and GPU; on CPU it is what reaches XLA's bfloat16 kernels.
+    """
+    return jnp.einsum(spec, x, kernel, preferred_element_type=jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over D in float32 (Ba, Kiros, Hinton 2016)."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exact gelu, x * Phi(x) (Hendrycks and Gimpel 2016).
+
+    Written with erf, not with the erfc of jax.nn.gelu: on CPU that takes half the time, and the difference, an
+    absolute 1e-7 * |x| for negative x, is below the rounding of what follows. PyTorch computes the same form.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def stack(layers: nnx.List) -> Any:
+    """One layer whose parameters carry a leading axis over `layers`, for `run_layers` to scan over."""
+    graph, _ = nnx.split(layers[0])
+    return nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in layers)))
+
+
+def run_layers(layers: Any, x: Array, *args: Any) -> Array:
+    """x through all layers: a plain loop over a list, a lax.scan over a stacked layer (see `stack`)."""
+    if isinstance(layers, nnx.List):
+        for layer in layers:
+            x = layer(x, *args)
+        return x
+    graph, state = nnx.split(layers)
+    return jax.lax.scan(lambda x, params: (nnx.merge(graph, params)(x, *args), None), x, state)[0]

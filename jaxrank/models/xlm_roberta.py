@@ -1,0 +1,153 @@
+"""XLM-RoBERTa cross-encoder with one label: bge-reranker-base, -large, -v2-m3, and the built-in model.
+
+Conneau et al. 2019, "Unsupervised Cross-lingual Representation Learning at Scale"; the computation is that of
+transformers' XLMRobertaForSequenceClassification, on packed rows instead of padded batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from jaxrank.errors import UnsupportedError
+from jaxrank.kernels import attention
+from jaxrank.models.layers import LayerNorm, einsum, gelu, run_layers, weight
+from jaxrank.types import Config, Layout, Packed
+
+
+@dataclass(frozen=True)
+class XLMRobertaConfig:
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    position_rows: int
+    pad_id: int
+    eps: float
+
+    @property
+    def max_length(self) -> int:
+        """Positions count from pad_id + 1, so that many rows of the table are never reached."""
+        return self.position_rows - self.pad_id - 1
+
+    @classmethod
+    def read(cls, config: Config) -> XLMRobertaConfig:
+        """From config.json; a field whose value would change the result and is not implemented is refused by name."""
+        implemented = {
+            "hidden_act": ("gelu",),
+            "position_embedding_type": ("absolute",),
+            "type_vocab_size": (1,),
+            "is_decoder": (False,),
+            "add_cross_attention": (False,),
+            "num_labels": (1,),
+            "quantization_config": (None,),
+        }
+        labels = len(config.get("id2label") or {0: ""})
+        seen = {**config, "num_labels": config.get("num_labels", labels)}
+        refused = [
+            f"{name} = {seen[name]!r} (implemented: {', '.join(map(repr, values))})"
+            for name, values in implemented.items()
+            if name in seen and seen[name] not in values
+        ]
+        if refused:
+            raise UnsupportedError("config.json asks for what jaxrank does not compute: " + "; ".join(refused))
+        if config["hidden_size"] % config["num_attention_heads"]:
+            raise UnsupportedError(
+                f"config.json: hidden_size {config['hidden_size']} is not a multiple of "
+                f"num_attention_heads {config['num_attention_heads']}"
+            )
+        return cls(
+            vocab_size=config["vocab_size"],
+            width=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            ffn=config["intermediate_size"],
+            position_rows=config["max_position_embeddings"],
+            pad_id=config.get("pad_token_id", 1),
+            eps=config.get("layer_norm_eps", 1e-12),
+        )
+
+
+class Projection(nnx.Module):
+    """x @ kernel + bias with any number of axes on either side; the result is float32."""
+
+    def __init__(self, spec: str, shape: tuple[int, ...], bias: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs):
+        self.spec = spec
+        self.kernel = weight(rngs, shape, dtype)
+        self.bias = nnx.Param(jnp.zeros(bias, jnp.float32))
+
+    def __call__(self, x: Array) -> Float32[Array, "R ..."]:
+        return einsum(self.spec, x, self.kernel[...]) + self.bias[...]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None):
+        wide, heads, size = config.width, config.heads, config.width // config.heads
+        self.query, self.key, self.value = (
+            Projection("TD,DNH->TNH", (wide, heads, size), (heads, size), dtype, rngs) for _ in range(3)
+        )
+        self.out = Projection("TNH,NHD->TD", (heads, size, wide), (wide,), dtype, rngs)
+        self.scale = size**-0.5
+        self.implementation = implementation
+
+    def __call__(self, x: Float[Array, "R D"], row: Float[Array, "T D"], layout: Layout) -> Float32[Array, "R D"]:
+        q, k, v = self.query(x).astype(x.dtype), self.key(row).astype(x.dtype), self.value(row).astype(x.dtype)
+        return self.out(attention(q, k, v, layout, scale=self.scale, implementation=self.implementation))
+
+
+class Layer(nnx.Module):
+    """Post-norm transformer layer: the residual is added, then normalised."""
+
+    def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None):
+        self.attention = Attention(config, dtype, rngs, implementation)
+        self.attention_norm = LayerNorm(config.width, config.eps)
+        self.up = Projection("TD,DF->TF", (config.width, config.ffn), (config.ffn,), dtype, rngs)
+        self.down = Projection("TF,FD->TD", (config.ffn, config.width), (config.width,), dtype, rngs)
+        self.norm = LayerNorm(config.width, config.eps)
+
+    def __call__(
+        self, x: Float[Array, "T D"], layout: Layout, rows: Array | None = None
+    ) -> Float[Array, "R D"]:
+        """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
+        mine = x if rows is None else x[rows]
+        attended = self.attention(mine, x, layout)
+        mine = self.attention_norm(attended + mine.astype(jnp.float32)).astype(x.dtype)
+        wide = gelu(self.up(mine)).astype(x.dtype)
+        return self.norm(self.down(wide) + mine.astype(jnp.float32)).astype(x.dtype)
+
+
+class XLMRoberta(nnx.Module):
+    """A packed row in, one float32 logit a slot out.
+
+    Matrices and activations are in `dtype`; norms, biases, the classifier and everything summed are float32.
+    `implementation` is that of kernels.attention; gradients need "dense".
+    """
+
+    def __init__(
+        self, config: XLMRobertaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None = None
+    ):
+        self.config = config
+        self.word = weight(rngs, (config.vocab_size, config.width), dtype)
+        self.position = weight(rngs, (config.position_rows, config.width), dtype)
+        self.token_type = weight(rngs, (config.width,), jnp.float32)
+        self.embedding_norm = LayerNorm(config.width, config.eps)
+        self.layers = nnx.List([Layer(config, dtype, rngs, implementation) for _ in range(config.layers - 1)])
+        self.last = Layer(config, dtype, rngs, implementation)
+        self.dense = Projection("SD,DE->SE", (config.width, config.width), (config.width,), jnp.float32, rngs)
+        self.head = Projection("SD,D->S", (config.width,), (), jnp.float32, rngs)
+
+    def embed(self, batch: Packed) -> Float[Array, "T D"]:
+        word = self.word[...][batch.tokens].astype(jnp.float32)
+        position = self.position[...][batch.positions + self.config.pad_id + 1].astype(jnp.float32)
+        return self.embedding_norm(word + position + self.token_type[...]).astype(self.word.dtype)
+
+    def __call__(self, batch: Packed) -> Float32[Array, " S"]:
+        x = run_layers(self.layers, self.embed(batch), batch.layout)
+        x = self.last(x, batch.score_layout, batch.score_at).astype(jnp.float32)
+        return self.head(jax.nn.tanh(self.dense(x)))

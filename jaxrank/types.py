@@ -1,0 +1,83 @@
+"""The nouns of jaxrank, and the one legend of its dimension letters.
+
+    T  tokens in a packed row            N  attention (query) heads     F  feed-forward width
+    S  pairs that a row has slots for    K  key/value heads             V  vocabulary
+    D  model width                       H  size of one head            I  attention tiles
+    R  query rows of an attention call (T, or S in the last layer)      C  tile classes
+    B  query rows of one tile            W  keys of one tile            G  query heads a key/value head (N / K)
+
+The same letters are used in annotations, einsum strings and comments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+ArrayLike = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised (query, document) pair, not padded.
+
+    tokens: int32 [length]. score_at: the position whose hidden state the score is read from.
+    dropped: how many tokens of query and document truncation removed.
+    """
+
+    tokens: Int32[np.ndarray, " length"]
+    score_at: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Ranked(NamedTuple):
+    """One line of a ranking: the document's place in the input, its score, and the document."""
+
+    index: int
+    score: float
+    document: str
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layout:
+    """Who may look at whom in a packed row, and the same as a list of tiles to compute.
+
+    spans[r] = (a0, a1, b0, b1): query row r sees the keys [a0, a1) and [b0, b1) of the row. An empty pair of spans
+    marks filler, whose attention output is 0.
+    tiles[i] = (q0, r0, r1, a0, an, b0, bn): rows [q0, q0 + B) are computed, [r0, r1) of them are written, against
+    the keys [a0, a0 + an) and [b0, b0 + bn). Tiles are sorted by class, class c holding [starts[c], starts[c + 1]).
+    A class fixes the static tile size (B, W); see jaxrank.kernels.tiles.
+    """
+
+    spans: Int32[ArrayLike, "R 4"]
+    tiles: Int32[ArrayLike, "I 7"]
+    starts: Int32[ArrayLike, " C+1"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Packed:
+    """One row of T tokens holding whole pairs side by side, with static shapes; filler at the end.
+
+    tokens, positions: int32 [T], positions counted from 0 within a pair. score_at: int32 [S], the row index of each
+    pair's scored token (0 in unused slots). layout rules attention among the T tokens, score_layout that of the S
+    scored tokens over the same keys.
+    """
+
+    tokens: Int32[ArrayLike, " T"]
+    positions: Int32[ArrayLike, " T"]
+    score_at: Int32[ArrayLike, " S"]
+    layout: Layout
+    score_layout: Layout
+
+
+Config = dict[str, Any]
+"""A parsed config.json."""

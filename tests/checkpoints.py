@@ -1,0 +1,90 @@
+"""Random checkpoints as publishers ship them, made with transformers' own classes, and tokenizers trained on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+TEXT = [
+    "The giant panda (Ailuropoda melanoleuca), sometimes called a panda bear or simply panda, is endemic to China.",
+    "Paris ist die Hauptstadt von Frankreich. 北京是中国的首都。 Москва - столица России. กรุงเทพมหานคร",
+    "What is the capital of France? Where do pandas live? Gravity attracts two bodies towards each other.",
+    "def rerank(query, documents): return sorted(documents, key=score)  # <s> and </s> are markup 0123456789",
+]
+
+
+def make_tokenizer(folder: Path, max_length: int = 512, vocab_size: int = 400) -> None:
+    """A Unigram tokenizer with XLM-R's special tokens, normalisation and pair template, saved the way hubs carry it."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" {2,}", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(
+        TEXT * 4,
+        trainers.UnigramTrainer(
+            vocab_size=vocab_size, special_tokens=[*special, "<mask>"], unk_token="<unk>", show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=max_length,
+    ).save_pretrained(folder)
+
+
+def make_bge(folder: Path, *, seed: int = 0, tokenizer: bool = True, scale: float = 3.0, **config: Any) -> Path:
+    """A random XLM-R cross-encoder folder: config.json, model.safetensors, tokenizer.json.
+
+    Matrices are scaled up from transformers' initialisation, and norms and biases drawn at random, so that logits
+    differ widely between pairs and every parameter matters.
+    """
+    settings = dict(
+        vocab_size=400,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        num_labels=1,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        layer_norm_eps=1e-5,
+    )
+    settings.update(config)
+    torch.manual_seed(seed)
+    model = XLMRobertaForSequenceClassification(XLMRobertaConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+            elif name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    if tokenizer:
+        make_tokenizer(folder, settings["max_position_embeddings"] - 2, min(400, settings["vocab_size"]))
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
