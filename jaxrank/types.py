@@ -59,7 +59,7 @@ class Layout:
 
     spans: Int32[ArrayLike, "R 4"]
     tiles: Int32[ArrayLike, "I 7"]
-    starts: Int32[ArrayLike, " C+1"]
+    starts: Int32[ArrayLike, " starts"]
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,37 @@
+# Everything runs in .venv, which is made and filled at first use and again when pyproject.toml changes.
+PYTHON ?= python3
+PORT ?= 30000
+MODEL ?=
+
+.PHONY: serve test check clean
+
+serve: .venv/serve
+	.venv/bin/jaxrank serve $(MODEL) --port $(PORT)
+
+test: .venv/test
+	.venv/bin/pytest
+
+check: .venv/check
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+	.venv/bin/python tests/check_wheel.py
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxrank needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+.venv/serve: .venv/bin/python pyproject.toml
+	.venv/bin/pip install --quiet -e .
+	touch $@
+
+.venv/test: .venv/serve
+	.venv/bin/pip install --quiet -e ".[test]"
+	touch $@
+
+.venv/check: .venv/test
+	.venv/bin/pip install --quiet -e ".[test,bench,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

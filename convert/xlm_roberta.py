@@ -1,0 +1,47 @@
+"""The tensors of transformers' XLMRobertaForSequenceClassification: bge-reranker-base, -large, -v2-m3."""
+
+from __future__ import annotations
+
+from jaxrank.convert.rules import FLAT, ROW, Rule, linear
+from jaxrank.models.xlm_roberta import XLMRobertaConfig
+
+LAYER = (
+    Rule("attention.self.query.weight", "attention/query/kernel", linear()),
+    Rule("attention.self.query.bias", "attention/query/bias", FLAT),
+    Rule("attention.self.key.weight", "attention/key/kernel", linear()),
+    Rule("attention.self.key.bias", "attention/key/bias", FLAT),
+    Rule("attention.self.value.weight", "attention/value/kernel", linear()),
+    Rule("attention.self.value.bias", "attention/value/bias", FLAT),
+    Rule("attention.output.dense.weight", "attention/out/kernel", linear(inputs=2)),
+    Rule("attention.output.dense.bias", "attention/out/bias"),
+    Rule("attention.output.LayerNorm.weight", "attention_norm/scale"),
+    Rule("attention.output.LayerNorm.bias", "attention_norm/bias"),
+    Rule("intermediate.dense.weight", "up/kernel", linear()),
+    Rule("intermediate.dense.bias", "up/bias"),
+    Rule("output.dense.weight", "down/kernel", linear()),
+    Rule("output.dense.bias", "down/bias"),
+    Rule("output.LayerNorm.weight", "norm/scale"),
+    Rule("output.LayerNorm.bias", "norm/bias"),
+)
+
+ENDS = (
+    Rule("roberta.embeddings.word_embeddings.weight", "word"),
+    Rule("roberta.embeddings.position_embeddings.weight", "position"),
+    Rule("roberta.embeddings.token_type_embeddings.weight", "token_type", ROW),
+    Rule("roberta.embeddings.LayerNorm.weight", "embedding_norm/scale"),
+    Rule("roberta.embeddings.LayerNorm.bias", "embedding_norm/bias"),
+    Rule("classifier.dense.weight", "dense/kernel", linear()),
+    Rule("classifier.dense.bias", "dense/bias"),
+    Rule("classifier.out_proj.weight", "head/kernel", linear()),
+    Rule("classifier.out_proj.bias", "head/bias", FLAT),
+)
+
+# A buffer that counts 0, 1, 2 ..., and a pooler that the classification head does not use.
+IGNORED = frozenset(["roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"])
+
+
+def rules(config: XLMRobertaConfig) -> list[Rule]:
+    """The whole table for a model of that many layers; the last layer has a place of its own in the model."""
+    places = [f"layers/{i}/" for i in range(config.layers - 1)] + ["last/"]
+    layers = (rule.under(f"roberta.encoder.layer.{i}.", place) for i, place in enumerate(places) for rule in LAYER)
+    return [*ENDS, *layers]

@@ -1,0 +1,187 @@
+"""The `jaxrank` command: serve, convert, rerank. Heavy imports wait until a subcommand needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from jaxrank.version import __version__
+
+IGNORED_FLAGS: dict[str, int] = {
+    "--attention-backend": 1,
+    "--chunked-prefill-size": 1,
+    "--disable-radix-cache": 0,
+    "--is-embedding": 0,
+    "--mem-fraction-static": 1,
+    "--skip-server-warmup": 0,
+    "--trust-remote-code": 0,
+}
+"""Flags of SGLang's launch lines that mean nothing here, and how many values each takes."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="jaxrank", description="Rerank documents with JAX.")
+    top.add_argument("--version", action="version", version=f"jaxrank {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _serve_arguments(commands.add_parser("serve", help="answer POST /v1/rerank over HTTP"))
+    _convert_arguments(commands.add_parser("convert", help="write a folder that loads fast"))
+    _rerank_arguments(commands.add_parser("rerank", help="rank documents from a file or standard input"))
+    return top
+
+
+def _model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+                         help="of matrices and activations; auto is bfloat16")  # fmt: skip
+    command.add_argument("--max-model-len", "--context-length", type=int, metavar="TOKENS", dest="max_length",
+                         help="longest pair of query and document; default: what the model can")  # fmt: skip
+    command.add_argument("--row-tokens", type=int, metavar="TOKENS", help="tokens scored together in one packed row")
+    command.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    command.add_argument("--compile-cache", metavar="FOLDER",
+                         help='where compiled programs are kept for the next start; "none" for nowhere')  # fmt: skip
+
+
+def _serve_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", nargs="?", help="Hugging Face id or folder; default: the built-in model")
+    command.add_argument("--model-path", "--model", "--model-id", dest="model_flag", metavar="MODEL",
+                         help="the same, as other servers name it")  # fmt: skip
+    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument("--port", type=int, default=30000)
+    command.add_argument("--api-key", action="append", default=[], metavar="KEY",
+                         help="require `Authorization: Bearer KEY`; may be given several times")  # fmt: skip
+    command.add_argument("--served-model-name", metavar="NAME", help="name that /v1/models answers")
+    command.add_argument("--max-documents", type=int, default=1000, metavar="N", help="documents in one request")
+    command.add_argument("--max-body-bytes", type=int, default=8_000_000, metavar="N", help="size of one request")
+    _model_arguments(command)
+    ignored = command.add_argument_group("accepted from SGLang's launch lines, without meaning here")
+    for flag, values in IGNORED_FLAGS.items():
+        ignored.add_argument(flag, **({"metavar": "X"} if values else {"action": "store_true"}))
+
+
+def _convert_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", help="Hugging Face id or folder of a published checkpoint")
+    command.add_argument("folder", help="folder to write")
+    command.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+                         help="of the matrices written; auto keeps the source's")  # fmt: skip
+    command.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def _rerank_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("query")
+    command.add_argument("file", nargs="?", default="-", help="one document a line; default: standard input")
+    command.add_argument("--model", help="Hugging Face id or folder; default: the built-in model")
+    command.add_argument("--top-n", type=int, metavar="N", help="only the best N")
+    command.add_argument("--format", choices=["auto", "table", "jsonl"], default="auto",
+                         help="auto: a table on a terminal, JSON lines in a pipe")  # fmt: skip
+    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+    _model_arguments(command)
+
+
+def load(arguments: argparse.Namespace, model: str | None) -> Any:
+    """The Reranker that the arguments ask for."""
+    from jaxrank.reranker import DEFAULT_CACHE, Reranker
+
+    cache = {None: DEFAULT_CACHE, "none": None}.get(arguments.compile_cache, arguments.compile_cache)
+    return Reranker.from_pretrained(
+        model,
+        dtype="bfloat16" if arguments.dtype == "auto" else arguments.dtype,
+        max_length=arguments.max_length,
+        row_tokens=arguments.row_tokens,
+        revision=arguments.revision,
+        compile_cache=cache,
+    )
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    if arguments.model and arguments.model_flag and arguments.model != arguments.model_flag:
+        raise SystemExit(f"jaxrank serve: two models named, {arguments.model} and {arguments.model_flag}; name one")
+    for flag in IGNORED_FLAGS:
+        if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False):
+            print(f"jaxrank: {flag} is accepted for SGLang's launch lines and means nothing here", file=sys.stderr)
+    from jaxrank import server
+
+    reranker = load(arguments, arguments.model or arguments.model_flag)
+    return server.serve(
+        reranker,
+        host=arguments.host,
+        port=arguments.port,
+        served_model_name=arguments.served_model_name,
+        api_keys=arguments.api_key,
+        max_documents=arguments.max_documents,
+        max_body_bytes=arguments.max_body_bytes,
+    )
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    from jaxrank import convert as converter
+
+    dtype = None if arguments.dtype == "auto" else arguments.dtype
+    source = converter.find(arguments.source, arguments.revision, allow_torch=True)
+    converter.convert(
+        source, Path(arguments.folder), dtype=dtype, progress=not arguments.no_progress, overwrite=arguments.overwrite
+    )
+    print(f"wrote {arguments.folder}")
+    return 0
+
+
+def rerank(arguments: argparse.Namespace) -> int:
+    from jaxrank.errors import RequestError
+
+    try:
+        if arguments.file == "-":
+            documents = sys.stdin.buffer.read().decode("utf-8").splitlines()
+        else:
+            documents = Path(arguments.file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RequestError(f"{arguments.file}: {error.strerror}; give a text file with one document a line") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{arguments.file}: not UTF-8 text at byte {error.start}") from None
+    documents = [line for line in documents if line.strip()]
+    if not documents:
+        raise RequestError(f"{arguments.file}: no documents; one a line is read, blank lines are skipped")
+    ranked = load(arguments, arguments.model).rank(
+        arguments.query, documents, top_n=arguments.top_n, progress=not arguments.no_progress
+    )
+    as_table = arguments.format == "table" or (arguments.format == "auto" and sys.stdout.isatty())
+    (write_table if as_table else write_jsonl)(ranked, sys.stdout)
+    return 0
+
+
+def write_jsonl(ranked: Sequence[Any], out: TextIO) -> None:
+    """One JSON object a line: index, score, document."""
+    for item in ranked:
+        print(json.dumps(item._asdict(), ensure_ascii=False), file=out)
+
+
+def write_table(ranked: Sequence[Any], out: TextIO) -> None:
+    """Rank, score, line number of the document, and as much of it as the terminal is wide."""
+    width = max(shutil.get_terminal_size().columns - 24, 20)
+    print(f"{'rank':>4}  {'score':>7}  {'index':>6}  document", file=out)
+    for rank, item in enumerate(ranked, 1):
+        text = textwrap.shorten(item.document, width, placeholder="…")
+        print(f"{rank:>4}  {item.score:>7.4f}  {item.index:>6}  {text}", file=out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status. 1 where the work failed, 2 where the command line is wrong."""
+    arguments = parser().parse_args(argv)
+    from jaxrank.errors import JaxrankError
+
+    try:
+        return {"serve": serve, "convert": convert, "rerank": rerank}[arguments.command](arguments)
+    except JaxrankError as error:
+        print(f"jaxrank: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away, as `head` does; Python would complain while closing stdout
+        return 0

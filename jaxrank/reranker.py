@@ -1,0 +1,155 @@
+"""Reranker: the whole path from texts to scores on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import platformdirs
+from flax import nnx
+from jaxtyping import Float32
+from tqdm import tqdm
+
+from jaxrank import checkpoint, convert
+from jaxrank.errors import RequestError
+from jaxrank.models import family_of
+from jaxrank.scoring import Scorer, use_compilation_cache
+from jaxrank.tokens import PairTokenizer
+from jaxrank.types import Encoded, Ranked
+
+BUILTIN = Path(__file__).parent / "builtin"
+DTYPES = ("bfloat16", "float32")
+DEFAULT_CACHE = platformdirs.user_cache_path("jaxrank") / "compiled"
+
+
+class Reranker:
+    """Scores how well documents answer a query.
+
+    Build one with `Reranker.from_pretrained`. Scores are probabilities in [0, 1], the sigmoid of the model's logit;
+    `raw=True` gives the logit. Any number of threads may encode; scoring is one call at a time.
+    """
+
+    def __init__(self, model: nnx.Module, tokenizer: PairTokenizer, *, name: str, row_tokens: int | None = None):
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = tokenizer.max_length
+        self.scorer = Scorer(model, max_length=self.max_length, row_tokens=row_tokens or default_row_tokens())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path | None = None,
+        *,
+        dtype: str = "bfloat16",
+        max_length: int | None = None,
+        row_tokens: int | None = None,
+        revision: str | None = None,
+        compile_cache: str | Path | None = DEFAULT_CACHE,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Reranker:
+        """Load a model by Hugging Face id or folder (published or converted); None is the small built-in model.
+
+        dtype: of matrices and activations, "bfloat16" or "float32". max_length: tokens of a pair, at most (and by
+        default) what the model can; longer pairs are truncated. row_tokens: tokens scored together. compile_cache:
+        where compiled programs are kept for the next start, None for nowhere. progress: called with bytes done and
+        bytes in all. Raises ModelError if the model cannot be loaded, RequestError if an argument is off.
+        """
+        if dtype not in DTYPES:
+            raise RequestError(f"dtype {dtype!r} is unknown; one of {', '.join(DTYPES)}")
+        if compile_cache is not None:
+            use_compilation_cache(Path(compile_cache))
+        folder = BUILTIN if name_or_folder is None else convert.find(name_or_folder, revision)
+        config = convert.read_config(folder)
+        limit = family_of(config).config.read(config).max_length
+        if max_length is not None and not 8 <= max_length <= limit:
+            raise RequestError(f"max_length is {max_length}; this model takes 8 to {limit} tokens")
+        tokenizer = PairTokenizer(folder, max_length or limit)
+        if checkpoint.is_converted(folder):
+            model = checkpoint.load(folder, dtype=dtype)
+        else:
+            model = convert.load(folder, dtype=dtype, progress=progress)
+        name = "jaxrank/builtin" if name_or_folder is None else str(name_or_folder)
+        return cls(model, tokenizer, name=name, row_tokens=row_tokens)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that are usually scored together in one packed row."""
+        return self.scorer.row_tokens
+
+    @property
+    def scores_are_logits(self) -> bool:
+        """Whether SGLang's dialect answers this model's raw logit (cross-encoders) or its probability."""
+        return True
+
+    @property
+    def compilations(self) -> int:
+        """XLA compilations since warm-up ended; stays 0 while serving."""
+        return self.scorer.compilations
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compile all programs now, one line each to `progress`, instead of at first use."""
+        self.scorer.warm_up(progress)
+
+    def encode(self, query: str, documents: Sequence[str], *, truncate: bool = True) -> list[Encoded]:
+        """Tokenised pairs, in the documents' order. RequestError on what is not text, TooLongError as asked."""
+        return self.tokenizer.encode(query, documents, truncate=truncate)
+
+    def score_encoded(self, encoded: Sequence[Encoded], *, progress: bool = False) -> Float32[np.ndarray, " n"]:
+        """The float32 logits of encoded pairs, in their order. A bar is shown for long jobs if asked for."""
+        if not progress or sum(map(len, encoded)) < 8 * self.row_tokens:
+            return self.scorer(encoded)
+        logits = np.empty(len(encoded), np.float32)
+        with tqdm(total=len(encoded), unit="pair", desc="scoring", disable=None) as bar:
+            for indices, values in self.scorer.rows(encoded):
+                logits[indices] = values
+                bar.update(len(indices))
+        return logits
+
+    def score(
+        self, query: str, documents: Sequence[str], *, raw: bool = False, progress: bool = True
+    ) -> Float32[np.ndarray, " n"]:
+        """A score for each document, in their order: probabilities, or logits if `raw`."""
+        if isinstance(documents, str):
+            raise RequestError("documents must be a list of strings, got one string; wrap it in a list")
+        logits = self.score_encoded(self.encode(query, documents), progress=progress)
+        return logits if raw else sigmoid(logits)
+
+    def rank(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None, progress: bool = True
+    ) -> list[Ranked]:
+        """The documents by falling score (ties by index), at most `top_n` of them."""
+        if top_n is not None and top_n < 1:
+            raise RequestError(f"top_n is {top_n}; it must be at least 1")
+        logits = self.score(query, documents, raw=True, progress=progress)
+        order = np.argsort(-logits, kind="stable")[:top_n]
+        scores = sigmoid(logits)
+        return [Ranked(int(i), float(scores[i]), documents[i]) for i in order]
+
+    def predict(
+        self, pairs: Sequence[tuple[str, str]], *, raw: bool = False, progress: bool = True
+    ) -> Float32[np.ndarray, " n"]:
+        """A score for each (query, document) pair, in their order, as sentence-transformers' CrossEncoder.predict."""
+        encoded: list[Encoded] = []
+        start = 0
+        while start < len(pairs):
+            query = pairs[start][0]
+            end = start
+            while end < len(pairs) and pairs[end][0] == query:
+                end += 1
+            encoded += self.encode(query, [document for _, document in pairs[start:end]])
+            start = end
+        logits = self.score_encoded(encoded, progress=progress)
+        return logits if raw else sigmoid(logits)
+
+
+def default_row_tokens() -> int:
+    """2,048 on CPU, where longer rows fall out of the last-level cache; 16,384 where large products pay."""
+    return 2048 if jax.default_backend() == "cpu" else 16384
+
+
+def sigmoid(logits: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
+    """1 / (1 + exp(-x)), computed in float64 so that no float32 input overflows."""
+    return (1.0 / (1.0 + np.exp(-logits.astype(np.float64)))).astype(np.float32)

@@ -1,0 +1,165 @@
+"""Every attention implementation against an independent float64 reference that loops over rows and heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrank.kernels import IMPLEMENTATIONS, attention, make_layout, max_tiles
+from jaxrank.kernels.tiles import classes
+
+KEYS = 640
+
+
+def reference(q, k, v, spans, scale):
+    """Softmax attention, row by row in float64; rows without keys give 0."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    group = q.shape[1] // k.shape[1]
+    for row, (a0, a1, b0, b1) in enumerate(spans):
+        keys = sorted({*range(a0, a1), *range(b0, b1)})
+        for head in range(q.shape[1] if keys else 0):
+            scores = k[keys, head // group] @ q[row, head] * scale
+            weights = np.exp(scores - scores.max())
+            out[row, head] = weights @ v[keys, head // group] / weights.sum()
+    return out
+
+
+def bidirectional(lengths, total):
+    spans = np.zeros((total, 4), np.int32)
+    start = 0
+    for length in lengths:
+        spans[start : start + length, 2:] = start, start + length
+        start += length
+    return spans
+
+
+def star(requests, total):
+    """Causal documents that share a causal prefix: requests are (prefix length, [document lengths])."""
+    spans = np.zeros((total, 4), np.int32)
+    at = 0
+    for prefix, documents in requests:
+        first = at
+        for i in range(prefix):
+            spans[at + i] = 0, 0, first, at + i + 1
+        at += prefix
+        for length in documents:
+            for i in range(length):
+                spans[at + i] = first, first + prefix, at, at + i + 1
+            at += length
+    return spans
+
+
+SPANS = {
+    "one pair": bidirectional([KEYS], KEYS),
+    "one token": bidirectional([1], KEYS),
+    "all of one token": bidirectional([1] * KEYS, KEYS),
+    "mixed": bidirectional([3, 190, 1, 64, 128, 129, 17, 100], KEYS),
+    "longer than a square tile": bidirectional([600, 40], KEYS),
+    "nothing but filler": np.zeros((KEYS, 4), np.int32),
+    "star": star([(50, [10, 100, 7]), (130, [200, 1, 80])], KEYS),
+    "star, long document": star([(5, [600, 30])], KEYS),
+    "filler in the middle": bidirectional([100, 200], KEYS)
+    + np.concatenate([np.zeros((400, 4), np.int32), bidirectional([240], 240) + [0, 0, 400, 400]]).astype(np.int32),
+}
+HEADS = {"MHA": (4, 4, 64), "GQA": (8, 2, 32), "one head": (1, 1, 128)}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def inputs(rows, heads, dtype, seed=0, size=1.0):
+    query_heads, kv_heads, head_dim = heads
+    shapes = [(rows, query_heads, head_dim), (KEYS, kv_heads, head_dim), (KEYS, kv_heads, head_dim)]
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return [(size * jax.random.normal(key, shape)).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def run(q, k, v, spans, implementation):
+    layout = make_layout(spans, len(k))
+    call = jax.jit(attention, static_argnames=("scale", "implementation"))
+    return np.asarray(call(q, k, v, layout, scale=0.2, implementation=implementation), np.float64)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestAttention:
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+    @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+    def test_equals_reference(self, implementation, spans, heads, dtype):
+        q, k, v = inputs(KEYS, heads, dtype)
+        got, want = run(q, k, v, spans, implementation), reference(q, k, v, spans, 0.2)
+        assert np.abs(got - want).max() <= TOLERANCE[dtype]
+
+    def test_scored_rows_alone(self, implementation):
+        """A few query rows over all keys, as in the last layer."""
+        spans = SPANS["mixed"][[0, 3, 193, 194, 258, 386, 515, 600, 639, 639]]
+        q, k, v = inputs(len(spans), (4, 2, 64), "float32")
+        assert np.abs(run(q, k, v, spans, implementation) - reference(q, k, v, spans, 0.2)).max() <= 1e-5
+
+    def test_large_logits(self, implementation):
+        q, k, v = inputs(KEYS, (2, 2, 64), "float32", size=30.0)
+        got, want = (f(q, k, v, SPANS["mixed"], x) for f, x in ((run, implementation), (reference, 0.2)))
+        assert np.isfinite(got).all()
+        assert np.abs(got - want).max() <= 5e-2, "logits reach 1,000, float32 keeps 1e-4 of each, values reach 100"
+
+    def test_keys_outside_the_spans_do_not_matter(self, implementation):
+        spans = bidirectional([70, 90], KEYS)
+        q, k, v = inputs(KEYS, (2, 2, 64), "float32")
+        want = run(q, k, v, spans, implementation)
+        poisoned = [x.at[160:].set(jnp.nan) for x in (q, k)] + [v.at[160:].set(1e30)]
+        got = run(*poisoned, spans, implementation)
+        np.testing.assert_array_equal(got[:160], want[:160])
+        np.testing.assert_array_equal(got[160:], 0)
+
+
+class TestLayout:
+    @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+    def test_tiles_write_each_row_once_and_hold_all_its_keys(self, spans):
+        layout = make_layout(spans, KEYS)
+        kinds = classes(KEYS, len(spans))
+        written = np.zeros(len(spans), int)
+        for kind, (height, window) in enumerate(kinds):
+            for q0, r0, r1, a0, an, b0, bn in np.asarray(layout.tiles)[layout.starts[kind] : layout.starts[kind + 1]]:
+                assert 0 <= q0 <= r0 < r1 <= q0 + height <= len(spans)
+                assert an + bn <= window
+                held = set(range(a0, a0 + an)) | set(range(b0, b0 + bn))
+                assert len(held) == an + bn, "a key would be counted twice"
+                for row in range(r0, r1):
+                    s = spans[row]
+                    assert {*range(s[0], s[1]), *range(s[2], s[3])} <= held
+                written[r0:r1] += 1
+        filled = (spans[:, 1] > spans[:, 0]) | (spans[:, 3] > spans[:, 2])
+        assert (written[filled] == 1).all()
+        assert written.max(initial=0) <= 1
+
+    @pytest.mark.parametrize("keys", [128, 256, 1024, 8192])
+    def test_bound_on_tiles(self, keys):
+        rng = np.random.default_rng(keys)
+        for longest in (1, 2, 63, 65, 127, 129, 200, 513, keys):
+            lengths = []
+            while sum(lengths) < keys:
+                lengths.append(min(int(rng.integers(max(longest // 2, 1), longest + 1)), keys - sum(lengths)))
+            layout = make_layout(bidirectional(lengths, keys), keys)
+            assert layout.starts[-1] <= max_tiles(keys, keys) == len(layout.tiles)
+
+    def test_cost_follows_the_sum_of_squares(self):
+        """Mixed lengths: the scores computed are at most twice those needed, 1/8 of the dense product here."""
+        lengths = np.random.default_rng(0).integers(100, 300, 40)
+        lengths = lengths[np.cumsum(lengths) <= 8192]
+        layout = make_layout(bidirectional(lengths, 8192), 8192)
+        computed = sum(
+            height * window * int(layout.starts[c + 1] - layout.starts[c])
+            for c, (height, window) in enumerate(classes(8192, 8192))
+        )
+        assert computed <= 2 * (lengths**2).sum() <= 8192**2 / 8
+
+
+class TestChecks:
+    def test_unknown_implementation(self):
+        q, k, v = inputs(KEYS, (2, 2, 64), "float32")
+        with pytest.raises(ValueError, match="'magic' is unknown; one of"):
+            attention(q, k, v, make_layout(SPANS["mixed"], KEYS), scale=1.0, implementation="magic")
+
+    def test_shapes_that_do_not_match(self):
+        q, k, v = inputs(KEYS, (3, 2, 64), "float32")
+        with pytest.raises(ValueError, match=r"N % K == 0"):
+            attention(q, k, v, make_layout(SPANS["mixed"], KEYS), scale=1.0)

@@ -1,0 +1,73 @@
+"""The architecture, held: who may import whom, and the public names."""
+
+import ast
+from pathlib import Path
+
+import jaxrank
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = [
+    ["types", "errors", "version"],
+    ["kernels"],
+    ["models", "tokens"],
+    ["packing"],
+    ["scoring", "checkpoint"],
+    ["convert"],
+    ["reranker"],
+    ["server"],
+    ["cli"],
+]
+"""From the bottom up: a module imports only from the lines above its own (`from jaxrank.version` is free for all)."""
+
+
+def modules():
+    for folder, prefix in ((ROOT / "jaxrank", ""), (ROOT / "convert", "convert."), (ROOT / "server", "server.")):
+        for path in folder.rglob("*.py"):
+            inner = path.relative_to(folder).with_suffix("")
+            if not prefix and inner.parts[0] in ("convert", "server"):
+                continue
+            yield path, (prefix + ".".join(inner.parts)).removesuffix(".__init__").removesuffix("__init__")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jaxrank":
+            rest = node.module.split(".")[1:]
+            yield from [rest[0]] if rest else [name.name for name in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (n.name.split(".")[1] for n in node.names if n.name.startswith("jaxrank."))
+
+
+def test_imports_point_downwards():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    seen = 0
+    for path, module in modules():
+        top = module.split(".")[0]
+        if top in ("", "__main__"):
+            continue
+        for target in imported(path):
+            seen += 1
+            assert target == top or level[target] < level[top], f"{path} imports jaxrank.{target}"
+    assert seen > 40
+
+
+def test_heavy_or_test_only_libraries_stay_out():
+    for path, module in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [n.name for n in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top != "torch" or module.startswith("convert"), f"{path} imports torch"
+                assert top not in ("fastapi", "starlette", "uvicorn") or module.startswith("server"), path
+                assert top not in ("pytest", "sentence_transformers", "optax"), path
+
+
+def test_public_names():
+    assert set(jaxrank.__all__) == {
+        "CheckpointError", "JaxrankError", "ModelError", "Ranked", "RequestError", "Reranker", "TooLongError",
+        "UnsupportedError", "__version__",
+    }  # fmt: skip
+    for name in jaxrank.__all__:
+        assert getattr(jaxrank, name) is not None
