@@ -178,7 +178,9 @@ class Examples:
         self.question_mark = ids(["?"])[0][-1:]
         self.short = ids(["hi", "hello", "ok", "yes", "no", "thanks", "test", "nothing", "foo bar", "n/a", "a", "the"])
         self.english = {i for i, p in enumerate(corpus.passages) if all(s.isascii() for s in p)}
-        self.word_start = np.asarray([tokenizer.id_to_token(i)[0] == "▁" for i in range(tokenizer.get_vocab_size())])
+        self.word_start = np.asarray(
+            [(tokenizer.id_to_token(i) or "").startswith("▁") for i in range(tokenizer.get_vocab_size())]
+        )
         self.hard = self._hard_negatives()
 
     def _hard_negatives(self, depth: int = 12) -> list[np.ndarray]:
@@ -496,7 +498,7 @@ def evaluate(folder: Path, xquad: Path, every: int = 1) -> dict[str, Any]:
     index = bm25s.BM25()
     index.index(bm25s.tokenize([p["context"] for p in paragraphs], show_progress=False), show_progress=False)
     queries = bm25s.tokenize([q for q, _ in asked], return_ids=False, show_progress=False)
-    lexical = mrr(np.stack([index.get_scores(list(q)) for q in queries]), right)
+    lexical = mrr(np.stack([index.get_scores([str(word) for word in q]) for q in queries]), right)
 
     graph, state = nnx.graphdef(new_model()), nnx.state(convert.load(folder, dtype=jnp.bfloat16))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

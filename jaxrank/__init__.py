@@ -1,7 +1,7 @@
 """jaxrank: rerankers on JAX.
 
-    from jaxrank import Reranker
-    Reranker.from_pretrained("BAAI/bge-reranker-v2-m3").rank("what is panda?", ["hi", "The giant panda is a bear."])
+from jaxrank import Reranker
+Reranker.from_pretrained("BAAI/bge-reranker-v2-m3").rank("what is panda?", ["hi", "The giant panda is a bear."])
 """
 
 from typing import TYPE_CHECKING, Any

@@ -8,6 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,7 +62,10 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     _model_arguments(command)
     ignored = command.add_argument_group("accepted from SGLang's launch lines, without meaning here")
     for flag, values in IGNORED_FLAGS.items():
-        ignored.add_argument(flag, **({"metavar": "X"} if values else {"action": "store_true"}))
+        if values:
+            ignored.add_argument(flag, metavar="X")
+        else:
+            ignored.add_argument(flag, action="store_true")
 
 
 def _convert_arguments(command: argparse.ArgumentParser) -> None:
@@ -158,7 +162,7 @@ def rerank(arguments: argparse.Namespace) -> int:
 def write_jsonl(ranked: Sequence[Any], out: TextIO) -> None:
     """One JSON object a line: index, score, document."""
     for item in ranked:
-        print(json.dumps(item._asdict(), ensure_ascii=False), file=out)
+        print(json.dumps(asdict(item), ensure_ascii=False), file=out)
 
 
 def write_table(ranked: Sequence[Any], out: TextIO) -> None:

@@ -29,7 +29,7 @@ def buckets(row_tokens: int, max_length: int) -> list[int]:
 
 
 def plan(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Which pairs share a row: first fit, longest first, rows of at most `row_tokens` tokens and slots(row_tokens) pairs.
+    """Which pairs share a row: first fit, longest first; `row_tokens` tokens and slots(row_tokens) pairs at most.
 
     A pair longer than row_tokens has a row of its own. Returns lists of indices into `lengths`, rows with the longest
     pairs first. First fit decreasing wastes at most 2/9 of the rows (Johnson 1973), in practice a few tokens.
@@ -52,7 +52,7 @@ def plan(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def pack(pairs: Sequence[Encoded], tokens: int) -> Packed:
-    """One row of `tokens` tokens holding `pairs` in order; pair i is scored in slot i. Raises ValueError if they do not fit."""
+    """One row of `tokens` tokens holding `pairs` in order, pair i scored in slot i; ValueError if they do not fit."""
     used, most = sum(map(len, pairs)), slots(tokens)
     if used > tokens or len(pairs) > most:
         raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit a row of {tokens} tokens and {most} pairs")

@@ -126,7 +126,7 @@ class Reranker:
         logits = self.score(query, documents, raw=True, progress=progress)
         order = np.argsort(-logits, kind="stable")[:top_n]
         scores = sigmoid(logits)
-        return [Ranked(int(i), float(scores[i]), documents[i]) for i in order]
+        return [Ranked(int(i), float(scores[i]), documents[int(i)]) for i in order]
 
     def predict(
         self, pairs: Sequence[tuple[str, str]], *, raw: bool = False, progress: bool = True

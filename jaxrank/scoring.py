@@ -33,7 +33,7 @@ class CompilationCounter:
     def __init__(self) -> None:
         counter = [0]
 
-        def listen(event: str, duration: float, **_: Any) -> None:
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
                 counter[0] += 1
 

@@ -12,13 +12,13 @@ The same letters are used in annotations, einsum strings and comments.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int32
 
-ArrayLike = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+ArrayLike = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Encoded:
         return len(self.tokens)
 
 
-class Ranked(NamedTuple):
+@dataclass(frozen=True)
+class Ranked:
     """One line of a ranking: the document's place in the input, its score, and the document."""
 
     index: int

@@ -1,4 +1,4 @@
-"""Random checkpoints as publishers ship them, made with transformers' own classes, and tokenizers trained on the spot."""
+"""Random checkpoints as publishers ship them, made with transformers' own classes, and small tokenizers for them."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def make_tokenizer(folder: Path, max_length: int = 512, vocab_size: int = 400) -
     ).save_pretrained(folder)
 
 
-def make_bge(folder: Path, *, seed: int = 0, tokenizer: bool = True, scale: float = 3.0, **config: Any) -> Path:
+def make_bge(folder: Path, *, seed: int = 0, tokenizer: bool = True, gain: float = 1.2, **config: Any) -> Path:
     """A random XLM-R cross-encoder folder: config.json, model.safetensors, tokenizer.json.
 
-    Matrices are scaled up from transformers' initialisation, and norms and biases drawn at random, so that logits
-    differ widely between pairs and every parameter matters.
+    Matrices are drawn with a deviation of gain / sqrt(hidden_size), and norms and biases at random too, so that
+    logits differ widely between pairs and every parameter matters.
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(
         vocab_size=400,
         hidden_size=48,
         num_hidden_layers=2,
@@ -73,7 +73,7 @@ def make_bge(folder: Path, *, seed: int = 0, tokenizer: bool = True, scale: floa
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                parameter.mul_(scale)
+                parameter.normal_(0, gain / settings["hidden_size"] ** 0.5)
             elif name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)
             else:

@@ -6,6 +6,8 @@ borders, not at multiples of the tile size, so a document of 190 tokens costs on
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from jaxtyping import Int32
 
@@ -41,7 +43,7 @@ def _runs(spans: np.ndarray) -> list[tuple[int, int]]:
     key = np.column_stack([spans[:, :3], filled])
     edges = np.flatnonzero(np.any(key[1:] != key[:-1], axis=1)) + 1
     bounds = [0, *edges.tolist(), len(spans)]
-    return [(s, e) for s, e in zip(bounds[:-1], bounds[1:], strict=True) if filled[s]]
+    return [(s, e) for s, e in pairwise(bounds) if filled[s]]
 
 
 def _windows(spans: np.ndarray) -> tuple[int, int, int, int]:

@@ -20,7 +20,7 @@ def weight(rngs: nnx.Rngs, shape: Sequence[int], dtype: DTypeLike, scale: float 
     return nnx.Param(jax.random.normal(rngs.params(), tuple(shape), jnp.float32).astype(dtype) * scale)
 
 
-def einsum(spec: str, x: Array, kernel: Array) -> Float32[Array, "..."]:
+def einsum(spec: str, x: Array, kernel: Array) -> Float32[Array, ...]:
     """A product with float32 accumulation and result, whatever the operands' dtype.
 
     Free on TPU and GPU; on CPU it is what reaches XLA's bfloat16 kernels.
@@ -42,7 +42,7 @@ class LayerNorm(nnx.Module):
         return centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
 
 
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
     """Exact gelu, x * Phi(x) (Hendrycks and Gimpel 2016).
 
     Written with erf, not with the erfc of jax.nn.gelu: on CPU that takes half the time, and the difference, an

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32
 from jaxrank.errors import UnsupportedError
 from jaxrank.kernels import attention
 from jaxrank.models.layers import LayerNorm, einsum, gelu, run_layers, weight
-from jaxrank.types import Config, Layout, Packed
+from jaxrank.types import ArrayLike, Config, Layout, Packed
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ class Layer(nnx.Module):
         self.down = Projection("TF,FD->TD", (config.ffn, config.width), (config.width,), dtype, rngs)
         self.norm = LayerNorm(config.width, config.eps)
 
-    def __call__(
-        self, x: Float[Array, "T D"], layout: Layout, rows: Array | None = None
-    ) -> Float[Array, "R D"]:
+    def __call__(self, x: Float[Array, "T D"], layout: Layout, rows: ArrayLike | None = None) -> Float[Array, "R D"]:
         """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
         mine = x if rows is None else x[rows]
         attended = self.attention(mine, x, layout)
