@@ -83,7 +83,7 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(bias, jnp.float32))
 
     def __call__(self, x: Array) -> Float32[Array, "R ..."]:
-        return einsum(self.spec, x, self.kernel[...]) + self.bias[...]
+        return einsum(self.spec, x.astype(self.kernel.dtype), self.kernel[...]) + self.bias[...]
 
 
 class Attention(nnx.Module):
@@ -97,7 +97,7 @@ class Attention(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float[Array, "R D"], row: Float[Array, "T D"], layout: Layout) -> Float32[Array, "R D"]:
-        q, k, v = self.query(x).astype(x.dtype), self.key(row).astype(x.dtype), self.value(row).astype(x.dtype)
+        q, k, v = (y.astype(self.out.kernel.dtype) for y in (self.query(x), self.key(row), self.value(row)))
         return self.out(attention(q, k, v, layout, scale=self.scale, implementation=self.implementation))
 
 
@@ -115,15 +115,15 @@ class Layer(nnx.Module):
         """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
         mine = x if rows is None else x[rows]
         attended = self.attention(mine, x, layout)
-        mine = self.attention_norm(attended + mine.astype(jnp.float32)).astype(x.dtype)
-        wide = gelu(self.up(mine)).astype(x.dtype)
-        return self.norm(self.down(wide) + mine.astype(jnp.float32)).astype(x.dtype)
+        mine = self.attention_norm(attended + mine)
+        return self.norm(self.down(gelu(self.up(mine))) + mine)
 
 
 class XLMRoberta(nnx.Module):
     """A packed row in, one float32 logit a slot out.
 
-    Matrices and activations are in `dtype`; norms, biases, the classifier and everything summed are float32.
+    Matrices and what is multiplied with them are in `dtype`; the residual stream, norms, biases, the classifier and
+    everything summed are float32.
     `implementation` is that of kernels.attention; gradients need "dense".
     """
 
@@ -143,9 +143,9 @@ class XLMRoberta(nnx.Module):
     def embed(self, batch: Packed) -> Float[Array, "T D"]:
         word = self.word[...][batch.tokens].astype(jnp.float32)
         position = self.position[...][batch.positions + self.config.pad_id + 1].astype(jnp.float32)
-        return self.embedding_norm(word + position + self.token_type[...]).astype(self.word.dtype)
+        return self.embedding_norm(word + position + self.token_type[...])
 
     def __call__(self, batch: Packed) -> Float32[Array, " S"]:
         x = run_layers(self.layers, self.embed(batch), batch.layout)
-        x = self.last(x, batch.score_layout, batch.score_at).astype(jnp.float32)
+        x = self.last(x, batch.score_layout, batch.score_at)
         return self.head(jax.nn.tanh(self.dense(x)))
