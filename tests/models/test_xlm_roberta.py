@@ -54,7 +54,7 @@ def case(request, tmp_path_factory):
 class TestParity:
     def test_float32(self, case):
         _, encoded, want, score = case
-        assert want.std() > 0.05, "logits that hardly differ would prove nothing"
+        assert want.std() > 0.02, "logits that hardly differ would prove nothing: 200 times the tolerance"
         assert np.abs(score(encoded) - want).max() <= 1e-4
 
     def test_bfloat16(self, case):
