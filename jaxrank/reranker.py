@@ -132,6 +132,11 @@ class Reranker:
         self, pairs: Sequence[tuple[str, str]], *, raw: bool = False, progress: bool = True
     ) -> Float32[np.ndarray, " n"]:
         """A score for each (query, document) pair, in their order, as sentence-transformers' CrossEncoder.predict."""
+        logits = self.score_encoded(self.encode_pairs(pairs), progress=progress)
+        return logits if raw else sigmoid(logits)
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """Tokenised (query, document) pairs, in order; a query that stands several times in a row is tokenised once."""
         encoded: list[Encoded] = []
         start = 0
         while start < len(pairs):
@@ -141,8 +146,7 @@ class Reranker:
                 end += 1
             encoded += self.encode(query, [document for _, document in pairs[start:end]])
             start = end
-        logits = self.score_encoded(encoded, progress=progress)
-        return logits if raw else sigmoid(logits)
+        return encoded
 
 
 def default_row_tokens() -> int:

@@ -1,0 +1,49 @@
+"""What a benchmark's figures were measured on, for the JSON that is committed beside them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+LIBRARIES = ("jax", "flax", "numpy", "torch", "transformers", "sentence-transformers", "tokenizers")
+
+
+def facts() -> dict[str, Any]:
+    """Date, processor, cores, accelerator and versions."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def finish(result: dict[str, Any], output: Path | None) -> None:
+    """The result with the machine's facts as the last line of output, and in a file if one is named."""
+    result = {**result, **facts()}
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))

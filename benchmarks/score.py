@@ -1,0 +1,176 @@
+"""Offline throughput on real, mixed lengths beside sentence-transformers' CrossEncoder, in one run.
+
+    python benchmarks/score.py --xquad DIR [--shapes base large] [--output benchmarks/results/score-cpu.json]
+
+Pairs are English XQuAD questions with their paragraphs; checkpoints have a true shape and random weights, and the
+built-in model's tokenizer. Both sides take texts and give scores, tokenising included, and take turns; the figure is
+the median of the turns. CrossEncoder runs at its best setting: pairs sorted by length (it does that itself), batches
+of 32. Where our time goes is measured apart: bare products of the same sizes, attention alone on the same rows,
+tokenising alone; what remains is element-wise work, embedding and dispatch. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from machine import finish
+from sentence_transformers import CrossEncoder
+from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+from jaxrank import Reranker
+from jaxrank.kernels import attention
+from jaxrank.packing import bucket_of, pack, plan
+from jaxrank.reranker import BUILTIN
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+Pairs = list[tuple[str, str]]
+
+
+def checkpoint(folder: Path, shape: str) -> None:
+    """A random checkpoint of a bge-reranker's shape, with the built-in model's tokenizer."""
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=250002 if shape != "tiny" else 20000,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        num_labels=1,
+        **SHAPES[shape],
+    )
+    XLMRobertaForSequenceClassification(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN / name, folder / name)
+
+
+def xquad_pairs(folder: Path, count: int) -> Pairs:
+    """`count` (question, paragraph) pairs spread over English XQuAD."""
+    articles = json.loads((folder / "en.json").read_text(encoding="utf-8"))["data"]
+    pairs = [
+        (question["question"], paragraph["context"])
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+    return [pairs[i] for i in np.linspace(0, len(pairs) - 1, count).astype(int)]
+
+
+def seconds(work: Callable[[], Any], turns: int = 5) -> float:
+    """Median seconds of `work` after one warm-up."""
+    jax.block_until_ready(work())
+    taken = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def breakdown(reranker: Reranker, pairs: Pairs, shape: str, dtype: str, whole: float) -> dict[str, float]:
+    """Shares of `whole` seconds, each part measured alone on rows like those that were scored."""
+    config = SHAPES[shape]
+    wide, heads, ffn, layers = (
+        config[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
+    )
+    encoded = reranker.encode_pairs(pairs)
+    lengths = [len(e) for e in encoded]
+    rows = plan(lengths, reranker.row_tokens)
+    tokens = [bucket_of(sum(lengths[i] for i in row), len(row), reranker.scorer.buckets) for row in rows]
+    row = max(tokens)
+    normal = np.random.default_rng(0).standard_normal
+    multiply = jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
+    products = 0.0
+    for inner, outer, times in ((wide, wide, 4), (wide, ffn, 1), (ffn, wide, 1)):
+        x, w = (jnp.asarray(normal(s, np.float32), dtype) for s in ((row, inner), (inner, outer)))
+        products += times * seconds(lambda x=x, w=w: multiply(x, w))
+    # the last layer multiplies all rows by the key and value kernels alone
+    last = 2 * wide * wide / (4 * wide * wide + 2 * wide * ffn)
+    products *= (layers - 1 + last) * sum(tokens) / row
+
+    layout = pack([encoded[i] for i in rows[0]], tokens[0]).layout
+    q = jnp.asarray(normal((tokens[0], heads, wide // heads), np.float32), dtype)
+    attend = jax.jit(lambda q, layout: attention(q, q, q, layout, scale=0.1))
+    attending = seconds(lambda: attend(q, layout)) * (layers - 1) * sum(tokens) / tokens[0]
+    tokenising = seconds(lambda: reranker.encode_pairs(pairs))
+    parts = {"products": products, "attention": attending, "tokenising": tokenising}
+    parts["element-wise and rest"] = whole - sum(parts.values())
+    return {name: round(part / whole, 3) for name, part in parts.items()}
+
+
+def compare(folder: Path, shape: str, dtype: str, pairs: Pairs, turns: int) -> dict[str, Any]:
+    """One row of the table: both sides' seconds on the same pairs, taking turns."""
+    ours = Reranker.from_pretrained(folder, dtype=dtype)
+    theirs = CrossEncoder(str(folder), max_length=512, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
+    ours.warm_up()
+    theirs.predict(pairs[:32], batch_size=32, show_progress_bar=False)
+    taken: dict[str, list[float]] = {"jaxrank": [], "cross_encoder": []}
+    scores = {}
+    for _ in range(turns):
+        for name, predict in (
+            ("jaxrank", lambda: ours.predict(pairs, progress=False)),
+            ("cross_encoder", lambda: theirs.predict(pairs, batch_size=32, show_progress_bar=False)),
+        ):
+            start = time.perf_counter()
+            scores[name] = predict()
+            taken[name].append(time.perf_counter() - start)
+    tokens = sum(len(e) for e in ours.encode_pairs(pairs))
+    mine, other = (statistics.median(taken[name]) for name in taken)
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "pairs": len(pairs),
+        "tokens": tokens,
+        "jaxrank_pairs_per_s": round(len(pairs) / mine, 2),
+        "jaxrank_tokens_per_s": round(tokens / mine),
+        "cross_encoder_pairs_per_s": round(len(pairs) / other, 2),
+        "cross_encoder_tokens_per_s": round(tokens / other),
+        "ratio": round(other / mine, 2),
+        "seconds": {name: [round(t, 3) for t in values] for name, values in taken.items()},
+        "largest_score_difference": float(np.abs(scores["jaxrank"] - np.asarray(scores["cross_encoder"])).max()),
+        "compilations_after_warm_up": ours.compilations,
+        "share_of_time": breakdown(ours, pairs, shape, dtype, mine),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--xquad", type=Path, required=True, help="folder with XQuAD's en.json")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["base", "large"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--pairs", type=int, default=160, help="pairs a turn; a third of them at the large shape")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args(argv)
+    rows = []
+    for shape in arguments.shapes:
+        pairs = xquad_pairs(arguments.xquad, arguments.pairs // 3 if shape == "large" else arguments.pairs)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint(Path(folder), shape)
+            for dtype in arguments.dtypes:
+                row = compare(Path(folder), shape, dtype, pairs, arguments.turns)
+                rows.append(row)
+                print(
+                    f"{shape:>6} {dtype:>9}  jaxrank {row['jaxrank_tokens_per_s']:>6} tokens/s, CrossEncoder "
+                    f"{row['cross_encoder_tokens_per_s']:>6}, ratio {row['ratio']:.2f}  {row['share_of_time']}",
+                    flush=True,
+                )
+    finish({"benchmark": "score", "rows": rows}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
