@@ -34,7 +34,7 @@ from jaxrank.kernels import attention
 from jaxrank.packing import bucket_of, pack, plan
 from jaxrank.reranker import BUILTIN
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
@@ -50,7 +50,7 @@ def checkpoint(folder: Path, shape: str) -> None:
         max_position_embeddings=514,
         type_vocab_size=1,
         layer_norm_eps=1e-5,
-        num_labels=1,
+        id2label={0: "LABEL_0"},  # one label
         **SHAPES[shape],
     )
     XLMRobertaForSequenceClassification(config).save_pretrained(folder)
@@ -102,10 +102,13 @@ def breakdown(reranker: Reranker, pairs: Pairs, shape: str, dtype: str, whole: f
     last = 2 * wide * wide / (4 * wide * wide + 2 * wide * ffn)
     products *= (layers - 1 + last) * sum(tokens) / row
 
-    layout = pack([encoded[i] for i in rows[0]], tokens[0]).layout
-    q = jnp.asarray(normal((tokens[0], heads, wide // heads), np.float32), dtype)
+    q = jnp.asarray(normal((row, heads, wide // heads), np.float32), dtype)
     attend = jax.jit(lambda q, layout: attention(q, q, q, layout, scale=0.1))
-    attending = seconds(lambda: attend(q, layout)) * (layers - 1) * sum(tokens) / tokens[0]
+    layouts = [pack([encoded[i] for i in row], size).layout for row, size in zip(rows, tokens, strict=True)]
+    attending = (layers - 1) * sum(
+        seconds(lambda q=q[:size], layout=layout: attend(q, layout), turns=3)
+        for size, layout in zip(tokens, layouts, strict=True)
+    )
     tokenising = seconds(lambda: reranker.encode_pairs(pairs))
     parts = {"products": products, "attention": attending, "tokenising": tokenising}
     parts["element-wise and rest"] = whole - sum(parts.values())
@@ -148,7 +151,7 @@ def compare(folder: Path, shape: str, dtype: str, pairs: Pairs, turns: int) -> d
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--xquad", type=Path, required=True, help="folder with XQuAD's en.json")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["base", "large"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
