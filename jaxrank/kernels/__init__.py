@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxrank.kernels import xla
 from jaxrank.kernels.tiles import make_layout, max_tiles
 from jaxrank.types import Layout
 
-__all__ = ["IMPLEMENTATIONS", "attention", "make_layout", "max_tiles"]
+__all__ = ["IMPLEMENTATIONS", "attention", "make_layout", "max_tiles", "operand_dtype"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"tiled": xla.tiled, "dense": xla.dense}
 
@@ -38,3 +41,8 @@ def attention(
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention: implementation {name!r} is unknown; one of {sorted(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name](q, k, v, layout, scale=scale)
+
+
+def operand_dtype(dtype: DTypeLike) -> DTypeLike:
+    """What to pass q, k and v of a model in `dtype` as: float32 on CPU, where XLA would convert every bfloat16 tile."""
+    return jnp.float32 if jax.default_backend() == "cpu" else dtype

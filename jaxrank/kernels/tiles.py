@@ -13,8 +13,10 @@ from jaxtyping import Int32
 
 from jaxrank.types import Layout
 
-WINDOWS = (128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-"""Static key counts W of the tile classes. Fine steps where documents are, doubling above."""
+WINDOWS = (128, 192, 256, 384, 512, 1024)
+"""Key counts W of the tile classes: fine steps where documents are. Tiles with more keys run over them W at a time."""
+
+SCORE_WINDOWS = (256, 1024)
 
 TOKEN_MERGE = 128
 SCORE_MERGE = 512
@@ -23,13 +25,15 @@ SCORE_MERGE = 512
 def classes(keys: int, rows: int) -> list[tuple[int, int]]:
     """The tile classes (B, W) of an attention call of `rows` query rows over `keys` keys, smallest first.
 
-    Where rows equals keys, tiles are square up to 512, then 256 and 128 rows high, which keeps one tile's float32
-    scores under 64 MB at 16 heads. The S scored rows of the last layer go in tiles of 8.
+    A tile of the last class has any number of keys, one of the others at most W. Where rows equals keys, tiles are
+    square up to 512, and larger ones have no more elements than that, which keeps one tile's float32 scores at 16 MB
+    with 16 heads. The S scored rows of the last layer go in tiles of 8, and as they cost little, to fewer classes:
+    each class takes time to compile, and memory, in every bucket.
     """
-    windows = [w for w in WINDOWS if w < keys] + [keys]
+    most = min(keys, WINDOWS[-1])
     if rows != keys:
-        return [(min(8, rows), w) for w in windows]
-    return [(w if w <= 512 else 256 if w <= 2048 else 128, w) for w in windows]
+        return [(min(8, rows), w) for w in (*(w for w in SCORE_WINDOWS if w < most), most)]
+    return [(min(w, 512 * 512 // w), w) for w in (*(w for w in WINDOWS if w < most), most)]
 
 
 def max_tiles(keys: int, rows: int) -> int:
@@ -73,7 +77,7 @@ def make_layout(spans: Int32[np.ndarray, "R 4"], keys: int) -> Layout:
 
     def emit(start: int, end: int) -> None:
         a0, an, b0, bn = _windows(spans[start:end])
-        kind = int(np.searchsorted(windows, an + bn))
+        kind = min(int(np.searchsorted(windows, an + bn)), len(kinds) - 1)
         height = kinds[kind][0]
         if end - start > height:
             for s in range(start, end, height):

@@ -46,36 +46,57 @@ def tiled(
 ) -> Float[Array, "R N H"]:
     """One loop for each tile class over the layout's tile list.
 
-    Heads lie outermost while looping, so that a tile is one batched product. The output is carried in float32:
-    XLA's CPU backend would turn a bfloat16 update of the carried buffer into a float32 copy of all of it.
+    A tile's rows are put heads first as they are read, so that a tile is one batched product: the gather copies them
+    anyway, and transposing whole arrays beforehand would take longer. A tile of more keys than its class is wide runs
+    over them in pieces, with the running maximum and sum of Milakov and Gimelshein 2018.
+    The output takes the place of q in the loops' carry, in float32: XLA's CPU backend would turn a bfloat16 update of
+    the carried buffer into a float32 copy of all of it.
     """
     rows, heads, size = q.shape
     keys, kv_heads, _ = k.shape
     groups = heads // kv_heads
-    qh = q.reshape(rows, kv_heads, groups, size).transpose(1, 2, 0, 3)
-    kh, vh = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
     spans, tiles, starts = jnp.asarray(layout.spans), jnp.asarray(layout.tiles), jnp.asarray(layout.starts)
 
-    def one_class(height: int, window: int):
+    def one_class(height: int, window: int, any_keys: bool):
         def body(i: Array, out: Array) -> Array:
             q0, r0, r1, a0, an, b0, bn = tiles[i]
-            slots = jnp.arange(window)
-            at = jnp.clip(jnp.where(slots < an, a0 + slots, b0 + slots - an), 0, keys - 1)
-            key, value = (jnp.take(x, at, axis=1, mode="clip") for x in (kh, vh))
-            query = jax.lax.dynamic_slice_in_dim(qh, q0, height, 2).reshape(kv_heads, groups * height, size)
+            old = jax.lax.dynamic_slice_in_dim(out, q0, height, 0)
+            query = old.astype(q.dtype).reshape(height, kv_heads, groups, size)
+            query = query.transpose(1, 2, 0, 3).reshape(kv_heads, groups * height, size)
             mine = jax.lax.dynamic_slice_in_dim(spans, q0, height, 0)
-            allowed = jnp.tile(_allowed(mine, at) & (slots < an + bn), (groups, 1))
-            scores = jnp.einsum("KBH,KWH->KBW", query, key, preferred_element_type=jnp.float32) * scale
-            weights, total = _softmax_rows(scores, allowed)
-            new = jnp.einsum("KBW,KWH->KBH", weights.astype(v.dtype), value, preferred_element_type=jnp.float32) / total
-            old = jax.lax.dynamic_slice_in_dim(out, q0, height, 2)
+
+            def piece(p: Array | int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                highest, total, sums = carry
+                slots = p * window + jnp.arange(window)
+                at = jnp.clip(jnp.where(slots < an, a0 + slots, b0 + slots - an), 0, keys - 1)
+                key, value = (jnp.take(x, at, axis=0, mode="clip").transpose(1, 0, 2) for x in (k, v))
+                allowed = jnp.tile(_allowed(mine, at) & (slots < an + bn), (groups, 1))
+                scores = jnp.einsum("KBH,KWH->KBW", query, key, preferred_element_type=jnp.float32) * scale
+                scores = jnp.where(allowed, scores, MASKED)
+                higher = jnp.maximum(highest, scores.max(-1, keepdims=True))
+                weights = jnp.where(allowed, jnp.exp(scores - higher), 0.0)
+                shrink = jnp.exp(highest - higher)
+                weighted = jnp.einsum(
+                    "KBW,KWH->KBH", weights.astype(v.dtype), value, preferred_element_type=jnp.float32
+                )
+                return higher, total * shrink + weights.sum(-1, keepdims=True), sums * shrink + weighted
+
+            none = jnp.zeros((*query.shape[:2], 1), jnp.float32)
+            carry = (none + MASKED, none, jnp.zeros(query.shape, jnp.float32))
+            pieces = (an + bn + window - 1) // window
+            _, total, sums = jax.lax.fori_loop(0, pieces, piece, carry) if any_keys else piece(0, carry)
+            new = (sums / jnp.where(total > 0, total, 1.0)).reshape(kv_heads, groups, height, size)
+            new = new.transpose(2, 0, 1, 3).reshape(height, heads, size)
             row = q0 + jnp.arange(height)
-            kept = ((row >= r0) & (row < r1))[:, None]
-            return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(kept, new.reshape(old.shape), old), q0, 2)
+            kept = ((row >= r0) & (row < r1))[:, None, None]
+            return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(kept, new, old), q0, 0)
 
         return body
 
-    out = jnp.zeros(qh.shape, jnp.float32)
-    for c, (height, window) in enumerate(classes(keys, rows)):
-        out = jax.lax.fori_loop(starts[c], starts[c + 1], one_class(height, window), out)
-    return out.transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
+    out = q.astype(jnp.float32)
+    kinds = classes(keys, rows)
+    for c, (height, window) in enumerate(kinds):
+        any_keys = c == len(kinds) - 1 and keys > window
+        out = jax.lax.fori_loop(starts[c], starts[c + 1], one_class(height, window, any_keys), out)
+    filled = (spans[:, 1] > spans[:, 0]) | (spans[:, 3] > spans[:, 2])
+    return jnp.where(filled[:, None, None], out, 0.0).astype(q.dtype)
