@@ -21,11 +21,14 @@ def slots(tokens: int) -> int:
     return max(8, tokens // 16)
 
 
-def buckets(row_tokens: int, max_length: int) -> list[int]:
-    """The row lengths T to compile: the ladder up to the usual row, and on to the longest single pair."""
-    top = max(row_tokens, max_length)
+def buckets(row_tokens: int, max_length: int, *, long_steps: bool = True) -> list[int]:
+    """The row lengths T to compile: the ladder up to the usual row, and on to the longest single pair.
+
+    Without long_steps there is one bucket above the usual row: enough where filler costs no time.
+    """
     ladder = [int(t) for t in LADDER]
-    return [t for i, t in enumerate(ladder) if i == 0 or ladder[i - 1] < top]
+    usual, top = (next(t for t in ladder if t >= tokens) for tokens in (row_tokens, max(row_tokens, max_length)))
+    return [t for t in ladder if t <= usual or t == top or (long_steps and t < top)]
 
 
 def plan(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -1,12 +1,15 @@
-"""The jitted, bucketed scoring function: one compiled program for each row length, and the compilation cache."""
+"""The jitted, bucketed scoring function: what is compiled for each row length, and the compilation cache."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
-from jaxrank.errors import ModelError
+from jaxrank.errors import ModelError, RequestError
 from jaxrank.models.layers import stack
-from jaxrank.packing import bucket_of, buckets, pack, plan
-from jaxrank.types import Encoded
+from jaxrank.packing import LADDER, bucket_of, buckets, pack, plan
+from jaxrank.types import Encoded, Layout, Packed
 
 WINDOW = 2048
 """Pairs planned together. More would fill rows no better, and planning takes pairs times rows."""
 
-IN_FLIGHT = 2
-"""Rows handed to the device before the first result is awaited: one runs, the next one waits ready."""
+
+LAYERS_A_PROGRAM = 4
+"""Layers that one program of the usual row computes on CPU. A call's scratch memory is new pages, which costs 15 % of
+the time if every layer is a call of its own, and 4 % with four."""
+
+Program = Callable[[Packed], jax.Array]
+"""Compiled for one bucket: a packed row in, float32 logits [S] out."""
 
 
 class CompilationCounter:
@@ -54,8 +62,14 @@ def use_compilation_cache(folder: Path) -> None:
     """
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise ModelError(
+            f"compilation cache {folder}: it cannot be made ({error.strerror}). "
+            "Name another folder, or turn the cache off"
+        ) from error
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ModelError(
             f"compilation cache {folder}: other users can write there, and what lies there is run as code. "
@@ -66,6 +80,68 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
+    """For accelerators: a bucket is one program, with a scan over the stacked layers."""
+    model.layers = stack(model.layers)  # pyright: ignore[reportAttributeAccessIssue]
+    graph, state = nnx.split(model)
+    score = jax.jit(lambda state, batch: nnx.merge(graph, state)(batch))
+
+    def compile(sample: Packed) -> Program:
+        return partial(score.lower(state, sample).compile(), state)
+
+    return compile
+
+
+def compile_in_parts(model: nnx.Module, row_tokens: int) -> Callable[[Packed], Program]:
+    """For CPU: a bucket is a few programs, and all layers run through the same one; in rows of `row_tokens`, four at a
+    time.
+
+    XLA's CPU backend converts a stacked bfloat16 array as a whole at every call, so a scan is slow there, and a program
+    of all 24 layers takes 70 MB and many seconds of compilation in every bucket.
+    """
+    graph, state = nnx.split(model)
+    ends: Any = nnx.merge(graph, state)
+    split = [nnx.split(layer) for layer in ends.layers]
+    layers = [state for _, state in split]
+    ends.layers = nnx.List([])
+    ends_graph, ends_state = nnx.split(ends)
+
+    def compile(sample: Packed) -> Program:
+        # functions made anew for every bucket: JAX keeps what it traced and lowered for as long as a function lives
+        def embed(state: Any, batch: Packed) -> Any:
+            return nnx.merge(ends_graph, state).embed(batch)
+
+        def run(states: list[Any], x: jax.Array, layout: Layout) -> Any:
+            for state in states:
+                x = nnx.merge(split[0][0], state)(x, layout)
+            return x
+
+        def finish(state: Any, x: jax.Array, batch: Packed) -> Any:
+            return nnx.merge(ends_graph, state).finish(x, batch)
+
+        size = LAYERS_A_PROGRAM if len(sample.tokens) == row_tokens else 1
+        whole = len(layers) // size * size
+        groups = [layers[i : i + size] for i in range(0, whole, size)] + [[layer] for layer in layers[whole:]]
+        x = jax.eval_shape(embed, ends_state, sample)
+        first = jax.jit(embed).lower(ends_state, sample).compile()
+        last = jax.jit(finish).lower(ends_state, x, sample).compile()
+        between = {
+            size: jax.jit(run, donate_argnums=1).lower(states, x, sample.layout).compile()
+            for size, states in {len(states): states for states in groups}.items()
+        }
+
+        def program(batch: Packed) -> jax.Array:
+            x = first(ends_state, batch)
+            for states in groups:
+                # waited for, since calls that wait in line hold their memory
+                x = between[len(states)](states, x, batch.layout).block_until_ready()
+            return last(ends_state, x, batch)
+
+        return program
+
+    return compile
+
+
 class Scorer:
     """Logits of encoded pairs, from packed rows of a few static lengths.
 
@@ -74,13 +150,15 @@ class Scorer:
     """
 
     def __init__(self, model: nnx.Module, *, max_length: int, row_tokens: int):
-        if jax.default_backend() != "cpu":
-            # a scan over stacked layers compiles faster; on CPU, XLA would convert the whole stack at every call
-            model.layers = stack(model.layers)  # pyright: ignore[reportAttributeAccessIssue]
-        self.graph, self.state = nnx.split(model)
-        self.buckets = buckets(row_tokens, max_length)
+        if not 1 <= row_tokens <= LADDER[-1]:
+            raise RequestError(f"row_tokens is {row_tokens}; a row takes 1 to {LADDER[-1]:.0f} tokens")
+        self.on_cpu = jax.default_backend() == "cpu"
+        self.buckets = buckets(row_tokens, max_length, long_steps=not self.on_cpu)
         self.row_tokens = next(t for t in self.buckets if t >= row_tokens)
-        self.programs: dict[int, Any] = {}
+        # rows handed to the device before the first result is awaited: one runs, on accelerators another waits ready
+        self.in_flight = 1 if self.on_cpu else 2
+        self.compile = compile_in_parts(model, self.row_tokens) if self.on_cpu else compile_whole(model)
+        self.programs: dict[int, Program] = {}
         self._counter = CompilationCounter()
         self._counted_from = 0
 
@@ -90,27 +168,29 @@ class Scorer:
         return self._counter.count - self._counted_from
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
-        """Compile every bucket, or load it from the cache, and run it once. One line a bucket goes to `progress`."""
+        """Compile every bucket, or load it from the cache. One line a bucket goes to `progress`.
+
+        Then every bucket is run once, so that memory that does not suffice shows now; on CPU, where the largest rows
+        take many seconds, the smallest alone.
+        """
         for i, tokens in enumerate(self.buckets):
             start = time.perf_counter()
             program = self._program(tokens)
-            compiled = time.perf_counter()
-            program(self.state, pack([], tokens)).block_until_ready()
+            line = (
+                f"bucket {tokens} tokens ({i + 1}/{len(self.buckets)}): compiled in {time.perf_counter() - start:.2f} s"
+            )
+            if i == 0 or not self.on_cpu:
+                start = time.perf_counter()
+                program(pack([], tokens)).block_until_ready()
+                line += f", a row takes {(time.perf_counter() - start) * 1e3:.0f} ms at first"
+            _return_freed_memory()
             if progress:
-                progress(
-                    f"bucket {tokens} tokens ({i + 1}/{len(self.buckets)}): compiled in {compiled - start:.2f} s, "
-                    f"a row takes {(time.perf_counter() - compiled) * 1e3:.0f} ms at first"
-                )
+                progress(line)
         self._counted_from = self._counter.count
 
-    def _program(self, tokens: int) -> Any:
+    def _program(self, tokens: int) -> Program:
         if tokens not in self.programs:
-            graph = self.graph
-
-            def score(state: Any, batch: Any) -> jax.Array:
-                return nnx.merge(graph, state)(batch)
-
-            self.programs[tokens] = jax.jit(score).lower(self.state, pack([], tokens)).compile()
+            self.programs[tokens] = self.compile(pack([], tokens))
         return self.programs[tokens]
 
     def rows(self, pairs: Sequence[Encoded]) -> Iterator[tuple[list[int], Float32[np.ndarray, " n"]]]:
@@ -121,10 +201,10 @@ class Scorer:
             for row in plan([len(pair) for pair in window], self.row_tokens):
                 chosen = [window[i] for i in row]
                 tokens = bucket_of(sum(map(len, chosen)), len(chosen), self.buckets)
-                logits = self._program(tokens)(self.state, pack(chosen, tokens))
-                waiting.append(([first + i for i in row], logits))
-                if len(waiting) >= IN_FLIGHT:
+                batch = pack(chosen, tokens)
+                if len(waiting) == self.in_flight:
                     yield _fetch(*waiting.pop(0))
+                waiting.append(([first + i for i in row], self._program(tokens)(batch)))
         for item in waiting:
             yield _fetch(*item)
 
@@ -138,3 +218,10 @@ class Scorer:
 
 def _fetch(indices: list[int], logits: jax.Array) -> tuple[list[int], Float32[np.ndarray, " n"]]:
     return indices, np.asarray(logits)[: len(indices)]
+
+
+def _return_freed_memory() -> None:
+    """Give back what compilation freed, which glibc would keep: 90 MB for a model of 24 layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -62,6 +62,11 @@ class Layout:
     tiles: Int32[ArrayLike, "I 7"]
     starts: Int32[ArrayLike, " starts"]
 
+    @property
+    def used(self) -> Int32[ArrayLike, ""]:
+        """How many keys any row sees: the row's tokens, without the filler behind them."""
+        return self.spans.max()
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class TestBuckets:
         assert buckets(1024, 8192)[-4:] == [3072, 4096, 6144, 8192]
         assert buckets(1000, 514)[-1] == 1024
 
+    def test_one_bucket_above_the_usual_row(self):
+        assert buckets(1000, 8192, long_steps=False)[-3:] == [768, 1024, 8192]
+        assert buckets(2048, 2048, long_steps=False) == buckets(2048, 512)
+        assert buckets(128, 130, long_steps=False) == [128, 192]
+
     def test_smallest_that_fits(self):
         ladder = buckets(1024, 512)
         assert bucket_of(128, 1, ladder) == 128

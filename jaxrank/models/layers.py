@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from jaxrank.types import ArrayLike
 
 INIT_SCALE = 0.02
+LONG_ROW = 2048
+RUN = 1024
 
 
 def weight(rngs: nnx.Rngs, shape: Sequence[int], dtype: DTypeLike, scale: float = INIT_SCALE) -> nnx.Param[Array]:
@@ -26,6 +30,15 @@ def einsum(spec: str, x: Array, kernel: Array) -> Float32[Array, ...]:
     Free on TPU and GPU; on CPU it is what reaches XLA's bfloat16 kernels.
     """
     return jnp.einsum(spec, x, kernel, preferred_element_type=jnp.float32)
+
+
+def table_rows(table: Float[Array, "V D"], at: Int32[ArrayLike, " R"]) -> Float32[Array, "R D"]:
+    """table[at] in float32. A bfloat16 table is read as integers, since XLA's CPU backend would not fuse its reading
+    with what follows."""
+    if table.dtype != jnp.bfloat16:
+        return table[at].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[at]
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
 
 
 class LayerNorm(nnx.Module):
@@ -49,6 +62,31 @@ def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
     absolute 1e-7 * |x| for negative x, is below the rounding of what follows. PyTorch computes the same form.
     """
     return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def save_memory(rows: int) -> bool:
+    """Whether a row is so long that its layers are computed piece by piece: on CPU, where memory is what weights and
+    programs leave, and where small pieces cost no time."""
+    return rows > LONG_ROW and jax.default_backend() == "cpu"
+
+
+def in_runs(
+    f: Callable[..., Array], out: Float[Array, "R ..."], *sources: Shaped[ArrayLike, "R ..."], used: ArrayLike
+) -> Float[Array, "R ..."]:
+    """f(out, *sources) for an f that treats every row alone and returns what takes the place of `out`.
+
+    Where memory is saved, rows go through f in runs, and only as many as hold the first `used` rows: the others stay
+    what they are.
+    """
+    if not save_memory(len(out)):
+        return f(out, *sources)
+    size = next(n for n in range(RUN, 0, -1) if len(out) % n == 0)
+
+    def one_run(i: Array, out: Array) -> Array:
+        runs = (jax.lax.dynamic_slice_in_dim(y, i * size, size) for y in (out, *sources))
+        return jax.lax.dynamic_update_slice_in_dim(out, f(*runs), i * size, 0)
+
+    return jax.lax.fori_loop(0, (used + size - 1) // size, one_run, out)
 
 
 def stack(layers: nnx.List) -> Any:

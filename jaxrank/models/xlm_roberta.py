@@ -15,9 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import attention
-from jaxrank.models.layers import LayerNorm, einsum, gelu, run_layers, weight
+from jaxrank.kernels import attention, operand_dtype
+from jaxrank.models.layers import LayerNorm, einsum, gelu, in_runs, run_layers, save_memory, table_rows, weight
 from jaxrank.types import ArrayLike, Config, Layout, Packed
+
+HEAD_GROUP = 4
+"""Heads that are computed together in a long row."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,32 @@ class Attention(nnx.Module):
         self.scale = size**-0.5
         self.implementation = implementation
 
-    def __call__(self, x: Float[Array, "R D"], row: Float[Array, "T D"], layout: Layout) -> Float32[Array, "R D"]:
-        q, k, v = (y.astype(self.out.kernel.dtype) for y in (self.query(x), self.key(row), self.value(row)))
-        return self.out(attention(q, k, v, layout, scale=self.scale, implementation=self.implementation))
+    def __call__(self, x: Float32[Array, "R D"], row: Float[Array, "T D"], layout: Layout) -> Float32[Array, "R D"]:
+        """x plus what its rows draw from `row`, in a long row a few heads at a time."""
+        heads, size = self.query.bias.shape
+        group = HEAD_GROUP if save_memory(len(row)) and heads % HEAD_GROUP == 0 else heads
+        dtype = self.out.kernel.dtype
+        asking = x
+
+        def add_heads(i: Array | int, x: Array) -> Array:
+            def project(by: Projection, y: Array) -> Float[Array, "R group H"]:
+                kernel = jax.lax.dynamic_slice_in_dim(by.kernel[...], i * group, group, 1)
+                bias = jax.lax.dynamic_slice_in_dim(by.bias[...], i * group, group, 0)
+                empty = jnp.zeros((len(y), group, size), operand_dtype(dtype))
+                return in_runs(
+                    lambda _, y: (einsum(by.spec, y.astype(dtype), kernel) + bias).astype(empty.dtype),
+                    empty,
+                    y,
+                    used=layout.used,
+                )
+
+            q, k, v = project(self.query, asking), project(self.key, row), project(self.value, row)
+            drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
+            kernel = jax.lax.dynamic_slice_in_dim(self.out.kernel[...], i * group, group, 0)
+            return in_runs(lambda x, y: x + einsum(self.out.spec, y.astype(dtype), kernel), x, drawn, used=layout.used)
+
+        x = add_heads(0, x) if group == heads else jax.lax.fori_loop(0, heads // group, add_heads, x)
+        return x + self.out.bias[...]
 
 
 class Layer(nnx.Module):
@@ -114,9 +140,12 @@ class Layer(nnx.Module):
     def __call__(self, x: Float[Array, "T D"], layout: Layout, rows: ArrayLike | None = None) -> Float[Array, "R D"]:
         """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
         mine = x if rows is None else x[rows]
-        attended = self.attention(mine, x, layout)
-        mine = self.attention_norm(attended + mine)
-        return self.norm(self.down(gelu(self.up(mine))) + mine)
+        return in_runs(self.feed_forward, self.attention(mine, x, layout), used=layout.used)
+
+    def feed_forward(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        """The rest of the layer, from the sum that attention leaves."""
+        x = self.attention_norm(x)
+        return self.norm(x + self.down(gelu(self.up(x))))
 
 
 class XLMRoberta(nnx.Module):
@@ -141,11 +170,14 @@ class XLMRoberta(nnx.Module):
         self.head = Projection("SD,D->S", (config.width,), (), jnp.float32, rngs)
 
     def embed(self, batch: Packed) -> Float[Array, "T D"]:
-        word = self.word[...][batch.tokens].astype(jnp.float32)
-        position = self.position[...][batch.positions + self.config.pad_id + 1].astype(jnp.float32)
-        return self.embedding_norm(word + position + self.token_type[...])
+        word = table_rows(self.word[...], batch.tokens)
+        position = table_rows(self.position[...], batch.positions + self.config.pad_id + 1)
+        return in_runs(self.embedding_norm, word + position + self.token_type[...], used=batch.layout.used)
 
-    def __call__(self, batch: Packed) -> Float32[Array, " S"]:
-        x = run_layers(self.layers, self.embed(batch), batch.layout)
+    def finish(self, x: Float[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
+        """The last layer, at the scored rows alone, and the classifier."""
         x = self.last(x, batch.score_layout, batch.score_at)
         return self.head(jax.nn.tanh(self.dense(x)))
+
+    def __call__(self, batch: Packed) -> Float32[Array, " S"]:
+        return self.finish(run_layers(self.layers, self.embed(batch), batch.layout), batch)

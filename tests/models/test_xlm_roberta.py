@@ -72,13 +72,16 @@ class TestParity:
         alone = np.array([score([e])[0] for e in encoded[:6]])
         assert np.abs(alone - together[:6]).max() <= 1e-5
 
-    @pytest.mark.parametrize("length", [513, 1025, 3000, 8190])
-    def test_long_pairs(self, tmp_path, length):
+    @pytest.mark.parametrize("heads", [4, 8, 6], ids=["one group", "two groups", "no group"])
+    @pytest.mark.parametrize("length", [513, 1025, 2049, 3000, 8190])
+    def test_long_pairs(self, tmp_path, length, heads):
         """v2-m3's position table: up to 8,190 tokens in one pair, here beside short ones."""
-        folder = make_bge(tmp_path, tokenizer=False, num_hidden_layers=2, max_position_embeddings=8194)
+        folder = make_bge(tmp_path, tokenizer=False, num_hidden_layers=3, max_position_embeddings=8194,
+                          num_attention_heads=heads, hidden_size=96)  # fmt: skip
         encoded = pairs([9, length, 100])
-        got = scorer(folder, max_length=8192)(encoded)
-        assert np.abs(got - published(folder, encoded)).max() <= 1e-4
+        want = published(folder, encoded)
+        assert np.abs(scorer(folder, max_length=8192)(encoded) - want).max() <= 1e-4
+        assert np.abs(scorer(folder, "bfloat16", max_length=8192)(encoded) - want).max() <= 3e-2
 
     def test_scan_over_stacked_layers_is_the_same(self, tmp_path):
         from flax import nnx
