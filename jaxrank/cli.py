@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import bisect
+import contextlib
+import itertools
 import json
+import logging
+import os
+import re
 import shutil
 import sys
-import textwrap
-from collections.abc import Sequence
+import threading
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,6 +44,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Before Python 3.13, argparse takes an optional FILE only where it follows QUERY at once."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and getattr(arguments, "file", None) == "-" and not rest[0].startswith("-"):
+        arguments.file = rest.pop(0)
+    if rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
 def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
                          help="of matrices and activations; auto is bfloat16")  # fmt: skip
@@ -51,7 +69,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
 def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", nargs="?", help="Hugging Face id or folder; default: the built-in model")
     command.add_argument("--model-path", "--model", "--model-id", dest="model_flag", metavar="MODEL",
-                         help="the same, as other servers name it")  # fmt: skip
+                         action="append", default=[], help="the same, as other servers name it")  # fmt: skip
     command.add_argument("--host", default="127.0.0.1")
     command.add_argument("--port", type=int, default=30000)
     command.add_argument("--api-key", action="append", default=[], metavar="KEY",
@@ -91,8 +109,12 @@ def _rerank_arguments(command: argparse.ArgumentParser) -> None:
 
 def load(arguments: argparse.Namespace, model: str | None) -> Any:
     """The Reranker that the arguments ask for."""
+    import jax
+
     from jaxrank.reranker import DEFAULT_CACHE, Reranker
 
+    # set before JAX first computes: on CPU, worker threads would keep what the last call on them took, 100 MB and more
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     cache = {None: DEFAULT_CACHE, "none": None}.get(arguments.compile_cache, arguments.compile_cache)
     return Reranker.from_pretrained(
         model,
@@ -105,14 +127,19 @@ def load(arguments: argparse.Namespace, model: str | None) -> Any:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    if arguments.model and arguments.model_flag and arguments.model != arguments.model_flag:
-        raise SystemExit(f"jaxrank serve: two models named, {arguments.model} and {arguments.model_flag}; name one")
+    from jaxrank.errors import RequestError
+
+    models = list(dict.fromkeys(name for name in (arguments.model, *arguments.model_flag) if name))
+    if len(models) > 1:
+        raise RequestError(f"{len(models)} models named, {' and '.join(models)}; name one")
+    if not all(arguments.api_key):
+        raise RequestError("--api-key is empty; give a key of at least one character, or leave the flag out")
     for flag in IGNORED_FLAGS:
         if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False):
             print(f"jaxrank: {flag} is accepted for SGLang's launch lines and means nothing here", file=sys.stderr)
     from jaxrank import server
 
-    reranker = load(arguments, arguments.model or arguments.model_flag)
+    reranker = load(arguments, models[0] if models else None)
     return server.serve(
         reranker,
         host=arguments.host,
@@ -129,28 +156,46 @@ def convert(arguments: argparse.Namespace) -> int:
 
     dtype = None if arguments.dtype == "auto" else arguments.dtype
     source = converter.find(arguments.source, arguments.revision, allow_torch=True)
-    converter.convert(
-        source, Path(arguments.folder), dtype=dtype, progress=not arguments.no_progress, overwrite=arguments.overwrite
-    )
+    with quiet_threads():
+        converter.convert(
+            source, Path(arguments.folder), dtype=dtype, progress=not arguments.no_progress,
+            overwrite=arguments.overwrite,
+        )  # fmt: skip
     print(f"wrote {arguments.folder}")
     return 0
+
+
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Where writing fails, Orbax's and TensorStore's threads print pages beside our one line. After a failure they stay
+    quiet: some are late.
+    """
+    hooks = sys.unraisablehook, threading.excepthook
+    loggers = [(logger, logger.level) for logger in map(logging.getLogger, ("absl", "asyncio"))]
+    sys.unraisablehook = threading.excepthook = lambda *_: None
+    for logger, _ in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    yield
+    sys.unraisablehook, threading.excepthook = hooks
+    for logger, level in loggers:
+        logger.setLevel(level)
 
 
 def rerank(arguments: argparse.Namespace) -> int:
     from jaxrank.errors import RequestError
 
+    source = "standard input" if arguments.file == "-" else arguments.file
     try:
-        if arguments.file == "-":
-            documents = sys.stdin.buffer.read().decode("utf-8").splitlines()
-        else:
-            documents = Path(arguments.file).read_text(encoding="utf-8").splitlines()
+        content = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
+        text = content.decode("utf-8")
     except OSError as error:
-        raise RequestError(f"{arguments.file}: {error.strerror}; give a text file with one document a line") from None
+        raise RequestError(f"{source}: {error.strerror}; give a text file with one document a line") from None
     except UnicodeDecodeError as error:
-        raise RequestError(f"{arguments.file}: not UTF-8 text at byte {error.start}") from None
-    documents = [line for line in documents if line.strip()]
+        raise RequestError(f"{source}: not UTF-8 text at byte {error.start}; give UTF-8, one document a line") from None
+    # not splitlines(), which would also cut documents at form feeds and Unicode's separators
+    documents = [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
     if not documents:
-        raise RequestError(f"{arguments.file}: no documents; one a line is read, blank lines are skipped")
+        raise RequestError(f"{source}: no documents; one a line is read, blank lines are skipped")
     ranked = load(arguments, arguments.model).rank(
         arguments.query, documents, top_n=arguments.top_n, progress=not arguments.no_progress
     )
@@ -166,26 +211,45 @@ def write_jsonl(ranked: Sequence[Any], out: TextIO) -> None:
 
 
 def write_table(ranked: Sequence[Any], out: TextIO) -> None:
-    """Rank, score, line number of the document, and as much of it as the terminal is wide."""
+    """Rank, score, the document's place in the input (blank lines not counted), and as much of it as fits the line."""
     width = max(shutil.get_terminal_size().columns - 24, 20)
     print(f"{'rank':>4}  {'score':>7}  {'index':>6}  document", file=out)
     for rank, item in enumerate(ranked, 1):
-        text = textwrap.shorten(item.document, width, placeholder="…")
-        print(f"{rank:>4}  {item.score:>7.4f}  {item.index:>6}  {text}", file=out)
+        print(f"{rank:>4}  {item.score:>7.4f}  {item.index:>6}  {shorten(item.document, width)}", file=out)
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` on one line of `width` columns, of which wide characters take two, with spaces for control characters."""
+    text = " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in text).split())
+    ends = list(itertools.accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
+    if not ends or ends[-1] <= width:
+        return text
+    return text[: bisect.bisect_right(ends, width - 1)] + "…"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. 1 where the work failed, 2 where the command line is wrong."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     from jaxrank.errors import JaxrankError
 
     try:
-        return {"serve": serve, "convert": convert, "rerank": rerank}[arguments.command](arguments)
-    except JaxrankError as error:
-        print(f"jaxrank: error: {error}", file=sys.stderr)
-        return 1
+        status = {"serve": serve, "convert": convert, "rerank": rerank}[arguments.command](arguments)
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader went away, as `head` does; Python would complain while closing stdout
+    except BrokenPipeError:  # the reader went away, as `head` does
+        drop_output()
         return 0
+    except (JaxrankError, OSError) as error:
+        print(f"jaxrank: error: {error}", file=sys.stderr)
+        drop_output()
+        return 1
+
+
+def drop_output() -> None:
+    """If standard output is broken, let what is left to write go nowhere; Python would complain about it at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,11 +13,11 @@ from jaxtyping import Float32
 from tqdm import tqdm
 
 from jaxrank import checkpoint, convert
-from jaxrank.errors import RequestError
+from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.models import family_of
 from jaxrank.scoring import Scorer, use_compilation_cache
-from jaxrank.tokens import PairTokenizer
-from jaxrank.types import Encoded, Ranked
+from jaxrank.tokens import PairTokenizer, check_text
+from jaxrank.types import Config, Encoded, Ranked
 
 BUILTIN = Path(__file__).parent / "builtin"
 DTYPES = ("bfloat16", "float32")
@@ -61,17 +61,24 @@ class Reranker:
             raise RequestError(f"dtype {dtype!r} is unknown; one of {', '.join(DTYPES)}")
         if compile_cache is not None:
             use_compilation_cache(Path(compile_cache))
-        folder = BUILTIN if name_or_folder is None else convert.find(name_or_folder, revision)
-        config = convert.read_config(folder)
-        limit = family_of(config).config.read(config).max_length
-        if max_length is not None and not 8 <= max_length <= limit:
-            raise RequestError(f"max_length is {max_length}; this model takes 8 to {limit} tokens")
-        tokenizer = PairTokenizer(folder, max_length or limit)
-        if checkpoint.is_converted(folder):
-            model = checkpoint.load(folder, dtype=dtype)
-        else:
-            model = convert.load(folder, dtype=dtype, progress=progress)
         name = "jaxrank/builtin" if name_or_folder is None else str(name_or_folder)
+        try:
+            folder = BUILTIN if name_or_folder is None else convert.find(name_or_folder, revision)
+            limit, vocabulary = limits(convert.read_config(folder))
+            if max_length is not None and not 8 <= max_length <= limit:
+                raise RequestError(f"max_length is {max_length}; this model takes 8 to {limit} tokens")
+            tokenizer = PairTokenizer(folder, max_length or limit)
+            if (size := tokenizer.tokenizer.get_vocab_size()) > vocabulary:
+                raise CheckpointError(
+                    f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {vocabulary}; "
+                    "use the tokenizer and the weights of one model"
+                )
+            if checkpoint.is_converted(folder):
+                model = checkpoint.load(folder, dtype=dtype)
+            else:
+                model = convert.load(folder, dtype=dtype, progress=progress)
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error}") from error
         return cls(model, tokenizer, name=name, row_tokens=row_tokens)
 
     @property
@@ -95,6 +102,10 @@ class Reranker:
 
     def encode(self, query: str, documents: Sequence[str], *, truncate: bool = True) -> list[Encoded]:
         """Tokenised pairs, in the documents' order. RequestError on what is not text, TooLongError as asked."""
+        if isinstance(documents, str):
+            raise RequestError("documents must be a list of strings, got one string; wrap it in a list")
+        if not hasattr(documents, "__getitem__"):
+            raise RequestError(f"documents must be a list of strings, got {type(documents).__name__}")
         return self.tokenizer.encode(query, documents, truncate=truncate)
 
     def score_encoded(self, encoded: Sequence[Encoded], *, progress: bool = False) -> Float32[np.ndarray, " n"]:
@@ -112,8 +123,6 @@ class Reranker:
         self, query: str, documents: Sequence[str], *, raw: bool = False, progress: bool = True
     ) -> Float32[np.ndarray, " n"]:
         """A score for each document, in their order: probabilities, or logits if `raw`."""
-        if isinstance(documents, str):
-            raise RequestError("documents must be a list of strings, got one string; wrap it in a list")
         logits = self.score_encoded(self.encode(query, documents), progress=progress)
         return logits if raw else sigmoid(logits)
 
@@ -137,6 +146,14 @@ class Reranker:
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """Tokenised (query, document) pairs, in order; a query that stands several times in a row is tokenised once."""
+        for i, pair in enumerate(pairs):
+            if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+                raise RequestError(
+                    f"pairs[{i}] must be a (query, document) pair, got {pair!r:.80}; give a list of pairs, "
+                    "also for a single one"
+                )
+            check_text(pair[0], f"pairs[{i}][0]")
+            check_text(pair[1], f"pairs[{i}][1]")
         encoded: list[Encoded] = []
         start = 0
         while start < len(pairs):
@@ -149,11 +166,23 @@ class Reranker:
         return encoded
 
 
+def limits(config: Config) -> tuple[int, int]:
+    """The longest pair and the number of tokens that a config.json allows. Raises ModelError."""
+    try:
+        settings = family_of(config).config.read(config)
+        return settings.max_length, settings.vocab_size
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error}; fetch it again") from error
+    except (TypeError, ArithmeticError) as error:
+        reason = checkpoint.first_line(error)
+        raise CheckpointError(f"config.json has a field of a wrong type or size ({reason}); fetch it again") from error
+
+
 def default_row_tokens() -> int:
     """2,048 on CPU, where longer rows fall out of the last-level cache; 16,384 where large products pay."""
     return 2048 if jax.default_backend() == "cpu" else 16384
 
 
 def sigmoid(logits: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-    """1 / (1 + exp(-x)), computed in float64 so that no float32 input overflows."""
-    return (1.0 / (1.0 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+    """1 / (1 + exp(-x)), computed in float64 and in a form that no float32 input overflows."""
+    return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64))).astype(np.float32)

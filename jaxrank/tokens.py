@@ -39,6 +39,8 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
         if settings["model"]["type"] == "Unigram":
             _hide_special_pieces(settings, special)
         tokenizer = Tokenizer.from_str(json.dumps(settings))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); a model's folder must have one") from error
     except Exception as error:  # tokenizers raises bare Exception for any damage
         reason = f"{type(error).__name__}: {error}"[:200]
         raise CheckpointError(f"{path}: not a tokenizer that the tokenizers library can read ({reason})") from error
@@ -66,11 +68,13 @@ def special_id(special: dict[str, int], folder: Path, name: str, default: str) -
     path = folder / "tokenizer_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
-    given = settings.get(name) or default
-    text = given["content"] if isinstance(given, dict) else given
-    if text not in special:
+    given = (settings.get(name) if isinstance(settings, dict) else None) or default
+    text = given.get("content") if isinstance(given, dict) else given
+    if not isinstance(text, str) or text not in special:
         raise CheckpointError(
             f"{folder}: {name} {text!r} is not among the tokenizer's special tokens ({', '.join(special)})"
         )
@@ -96,7 +100,7 @@ class PairTokenizer:
     """`<s> query </s></s> document </s>`, the scored token being `<s>`: what XLM-R cross-encoders read.
 
     As FlagEmbedding's FlagReranker does: the query is first cut to 3/4 of max_length, then the document to what is
-    left. Thread-safe.
+    left. Where the query leaves no room for the frame (max_length under 13), it is cut further. Thread-safe.
     """
 
     def __init__(self, folder: Path, max_length: int):
@@ -125,7 +129,7 @@ class PairTokenizer:
         for i, document in enumerate(documents):
             check_text(document, f"documents[{i}]")
         query_ids = self._ids([query], self.max_length)[0]
-        kept = query_ids[: self.max_length * 3 // 4]
+        kept = query_ids[: min(self.max_length * 3 // 4, self.max_length - 4)]
         room = self.max_length - 4 - len(kept)
         head = [self.cls_id, *kept, self.sep_id, self.sep_id]
         pairs = []
