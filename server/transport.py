@@ -20,6 +20,9 @@ from jaxrank.server.errors import ClientGone, Malformed, Refusal, TooLarge, inte
 log = logging.getLogger(__name__)
 access = logging.getLogger("jaxrank.access")
 
+PROBES = ("/health", "/ready")
+"""What load balancers ask every second: logged at level DEBUG."""
+
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
@@ -116,7 +119,7 @@ class Envelope:
     """The outermost layer: a request id on every answer, one line in the access log, nothing unforeseen gets out.
 
     A client's own X-Request-Id is kept when it is 1 to 128 printable ASCII characters. The access log is the logger
-    jaxrank.access, one line a request, without a query string and with the path escaped and cut.
+    jaxrank.access, one line a request, without a query string and with the path escaped and cut; probes at DEBUG.
     """
 
     def __init__(self, app: ASGIApp, access_log: bool = True) -> None:
@@ -168,4 +171,7 @@ def _log_crash(request_id: bytes, error: Exception) -> None:
 def _log_access(scope: Scope, status: int, seconds: float, request_id: bytes) -> None:
     client = (scope.get("client") or ("-",))[0]
     path = quote(scope["path"])[:80]
-    access.info("%s %s %s %d %.1fms %s", client, scope["method"], path, status, seconds * 1000, request_id.decode())
+    level = logging.DEBUG if path in PROBES else logging.INFO
+    access.log(
+        level, "%s %s %s %d %.1fms %s", client, scope["method"], path, status, seconds * 1000, request_id.decode()
+    )

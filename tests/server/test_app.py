@@ -202,6 +202,14 @@ class TestStates:
         lines = [record.getMessage() for record in caplog.records if record.name == "jaxrank.access"]
         assert re.fullmatch(r"127\.0\.0\.1 GET /a%0Ab 404 [\d.]+ms mine", lines[-1])
 
+    def test_probes_are_logged_for_debugging_alone(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG, "jaxrank")
+        with serving(FakeReranker()) as base:
+            for path in ("/ready", "/health", "/v1/models"):
+                httpx.get(base + path)
+        lines = [(r.levelname, r.getMessage().split()[2]) for r in caplog.records if r.name == "jaxrank.access"]
+        assert set(lines) == {("DEBUG", "/ready"), ("DEBUG", "/health"), ("INFO", "/v1/models")}
+
 
 class TestProcess:
     """serve() in a process of its own."""
