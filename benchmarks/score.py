@@ -39,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
+SHAPES["v2-m3"] = {**SHAPES["large"], "max_position_embeddings": 8194}
 Pairs = list[tuple[str, str]]
 
 
@@ -47,11 +48,10 @@ def checkpoint(folder: Path, shape: str) -> None:
     torch.manual_seed(0)
     config = XLMRobertaConfig(
         vocab_size=250002 if shape != "tiny" else 20000,
-        max_position_embeddings=514,
         type_vocab_size=1,
         layer_norm_eps=1e-5,
         id2label={0: "LABEL_0"},  # one label
-        **SHAPES[shape],
+        **{"max_position_embeddings": 514, **SHAPES[shape]},
     )
     XLMRobertaForSequenceClassification(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

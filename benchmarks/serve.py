@@ -78,8 +78,9 @@ def make_requests(xquad: Path, count: int, documents: int) -> list[Request]:
 
 
 @contextlib.contextmanager
-def serving(arguments: Sequence[str], log: Path) -> Iterator[int]:
-    """`jaxrank serve` as a process that writes to `log`: yields its port once it is ready, stops it in the end."""
+def serving(arguments: Sequence[str], log: Path) -> Iterator[tuple[int, int]]:
+    """`jaxrank serve` as a process that writes to `log`: yields port and process id once it is ready, stops it in the
+    end."""
     command = [sys.executable, "-m", "jaxrank", "serve", *arguments, "--port", "0"]
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         try:
@@ -90,7 +91,7 @@ def serving(arguments: Sequence[str], log: Path) -> Iterator[int]:
                 time.sleep(0.2)
                 found = re.search(r"listening on \S+ port (\d+)", log.read_text())
                 port = int(found[1]) if found else 0
-            yield port
+            yield port, process.pid
         finally:
             process.terminate()
 
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             passes.append(time.perf_counter() - start)
 
         options = [*([model] if model else []), "--dtype", arguments.dtype]
-        with serving(options, Path(scratch) / "server.log") as port:
+        with serving(options, Path(scratch) / "server.log") as (port, _):
             for stint in stints * arguments.turns:
                 offline()
                 drive(port, bodies, stint, max(arguments.count, stint.clients))
