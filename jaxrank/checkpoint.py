@@ -30,8 +30,9 @@ FORMAT = 1
 MARK = "jaxrank.json"
 WEIGHTS = "weights"
 
-CHUNK_BYTES = 16 << 20
-"""Arrays are stored in chunks of at most this size, and restored chunk by chunk."""
+CHUNK_BYTES = 1 << 20
+"""Arrays are stored in chunks of at most this size, and restored chunk by chunk. TensorStore's threads keep a few
+chunks' memory for good."""
 
 ALIGNMENT = 64
 """At this alignment of host memory the CPU backend takes an array over instead of copying it."""

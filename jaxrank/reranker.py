@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import platformdirs
-from flax import nnx
 from jaxtyping import Float32
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from jaxrank.types import Config, Encoded, Ranked
 
 BUILTIN = Path(__file__).parent / "builtin"
 DTYPES = ("bfloat16", "float32")
+CPU_ROWS = (256, 384, 512, 768, 1024)
 DEFAULT_CACHE = platformdirs.user_cache_path("jaxrank") / "compiled"
 
 
@@ -31,12 +32,14 @@ class Reranker:
     `raw=True` gives the logit. Any number of threads may encode; scoring is one call at a time.
     """
 
-    def __init__(self, model: nnx.Module, tokenizer: PairTokenizer, *, name: str, row_tokens: int | None = None):
+    def __init__(self, model: Any, tokenizer: PairTokenizer, *, name: str, row_tokens: int | None = None):
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = tokenizer.max_length
-        self.scorer = Scorer(model, max_length=self.max_length, row_tokens=row_tokens or default_row_tokens())
+        self.scorer = Scorer(
+            model, max_length=self.max_length, row_tokens=row_tokens or default_row_tokens(model.config.ffn)
+        )
 
     @classmethod
     def from_pretrained(
@@ -178,9 +181,15 @@ def limits(config: Config) -> tuple[int, int]:
         raise CheckpointError(f"config.json has a field of a wrong type or size ({reason}); fetch it again") from error
 
 
-def default_row_tokens() -> int:
-    """2,048 on CPU, where longer rows fall out of the last-level cache; 16,384 where large products pay."""
-    return 2048 if jax.default_backend() == "cpu" else 16384
+def default_row_tokens(ffn: int) -> int:
+    """16,384 on accelerators, where large products pay; on CPU 1,024, or less with feed-forward layers of over 3,072.
+
+    On CPU longer rows are hardly faster, and a layer's scratch memory, 8 bytes a token and feed-forward unit at its
+    peak, must stay under 32 MB: larger pieces come from glibc as new pages at every call, at 5 to 20 % of the time.
+    """
+    if jax.default_backend() != "cpu":
+        return 16384
+    return max(t for t in CPU_ROWS if t == CPU_ROWS[0] or t * ffn * 8 < 28 << 20)
 
 
 def sigmoid(logits: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:

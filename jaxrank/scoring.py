@@ -26,11 +26,6 @@ from jaxrank.types import Encoded, Layout, Packed
 WINDOW = 2048
 """Pairs planned together. More would fill rows no better, and planning takes pairs times rows."""
 
-
-LAYERS_A_PROGRAM = 4
-"""Layers that one program of the usual row computes on CPU. A call's scratch memory is new pages, which costs 15 % of
-the time if every layer is a call of its own, and 4 % with four."""
-
 Program = Callable[[Packed], jax.Array]
 """Compiled for one bucket: a packed row in, float32 logits [S] out."""
 
@@ -92,9 +87,8 @@ def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
     return compile
 
 
-def compile_in_parts(model: nnx.Module, row_tokens: int) -> Callable[[Packed], Program]:
-    """For CPU: a bucket is a few programs, and all layers run through the same one; in rows of `row_tokens`, four at a
-    time.
+def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:
+    """For CPU: a bucket is three programs, and all layers but the last run through the same one.
 
     XLA's CPU backend converts a stacked bfloat16 array as a whole at every call, so a scan is slow there, and a program
     of all 24 layers takes 70 MB and many seconds of compilation in every bucket.
@@ -111,30 +105,22 @@ def compile_in_parts(model: nnx.Module, row_tokens: int) -> Callable[[Packed], P
         def embed(state: Any, batch: Packed) -> Any:
             return nnx.merge(ends_graph, state).embed(batch)
 
-        def run(states: list[Any], x: jax.Array, layout: Layout) -> Any:
-            for state in states:
-                x = nnx.merge(split[0][0], state)(x, layout)
-            return x
+        def run(state: Any, x: jax.Array, layout: Layout) -> Any:
+            return nnx.merge(split[0][0], state)(x, layout)
 
         def finish(state: Any, x: jax.Array, batch: Packed) -> Any:
             return nnx.merge(ends_graph, state).finish(x, batch)
 
-        size = LAYERS_A_PROGRAM if len(sample.tokens) == row_tokens else 1
-        whole = len(layers) // size * size
-        groups = [layers[i : i + size] for i in range(0, whole, size)] + [[layer] for layer in layers[whole:]]
         x = jax.eval_shape(embed, ends_state, sample)
         first = jax.jit(embed).lower(ends_state, sample).compile()
         last = jax.jit(finish).lower(ends_state, x, sample).compile()
-        between = {
-            size: jax.jit(run, donate_argnums=1).lower(states, x, sample.layout).compile()
-            for size, states in {len(states): states for states in groups}.items()
-        }
+        between = [jax.jit(run, donate_argnums=1).lower(state, x, sample.layout).compile() for state in layers[:1]]
 
         def program(batch: Packed) -> jax.Array:
             x = first(ends_state, batch)
-            for states in groups:
+            for state in layers:
                 # waited for, since calls that wait in line hold their memory
-                x = between[len(states)](states, x, batch.layout).block_until_ready()
+                x = between[0](state, x, batch.layout).block_until_ready()
             return last(ends_state, x, batch)
 
         return program
@@ -157,7 +143,7 @@ class Scorer:
         self.row_tokens = next(t for t in self.buckets if t >= row_tokens)
         # rows handed to the device before the first result is awaited: one runs, on accelerators another waits ready
         self.in_flight = 1 if self.on_cpu else 2
-        self.compile = compile_in_parts(model, self.row_tokens) if self.on_cpu else compile_whole(model)
+        self.compile = compile_in_parts(model) if self.on_cpu else compile_whole(model)
         self.programs: dict[int, Program] = {}
         self._counter = CompilationCounter()
         self._counted_from = 0

@@ -26,14 +26,15 @@ def classes(keys: int, rows: int) -> list[tuple[int, int]]:
     """The tile classes (B, W) of an attention call of `rows` query rows over `keys` keys, smallest first.
 
     A tile of the last class has any number of keys, one of the others at most W. Where rows equals keys, tiles are
-    square up to 512, and larger ones have no more elements than that, which keeps one tile's float32 scores at 16 MB
-    with 16 heads. The S scored rows of the last layer go in tiles of 8, and as they cost little, to fewer classes:
-    each class takes time to compile, and memory, in every bucket.
+    square up to 256, and larger ones have at most 256 x 384 elements, which keeps one tile's float32 scores at 6 MB
+    with 16 heads: what a layer takes in all must stay under 32 MB on CPU (see reranker.default_row_tokens). The S
+    scored rows of the last layer go in tiles of 8, and as they cost little, to fewer classes: each class takes time to
+    compile, and memory, in every bucket.
     """
     most = min(keys, WINDOWS[-1])
     if rows != keys:
         return [(min(8, rows), w) for w in (*(w for w in SCORE_WINDOWS if w < most), most)]
-    return [(min(w, 512 * 512 // w), w) for w in (*(w for w in WINDOWS if w < most), most)]
+    return [(min(w, 256 * 384 // w), w) for w in (*(w for w in WINDOWS if w < most), most)]
 
 
 def max_tiles(keys: int, rows: int) -> int:
