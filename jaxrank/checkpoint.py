@@ -30,7 +30,7 @@ FORMAT = 1
 MARK = "jaxrank.json"
 WEIGHTS = "weights"
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 4 << 20
 """Arrays are stored in chunks of at most this size, and restored chunk by chunk. TensorStore's threads keep a few
 chunks' memory for good."""
 
@@ -117,7 +117,7 @@ def outline(family: Family, config: Config, dtype: DTypeLike) -> Any:
     """The family's module with shapes and dtypes in place of numbers; nothing is allocated."""
     try:
         settings = family.config.read(config)
-        return nnx.eval_shape(lambda: family.module(settings, dtype=dtype, rngs=nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: family.module(settings, dtype=dtype, rngs=None))
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}; fetch it again") from error
     except (TypeError, ArithmeticError) as error:

@@ -27,14 +27,16 @@ def classes(keys: int, rows: int) -> list[tuple[int, int]]:
 
     A tile of the last class has any number of keys, one of the others at most W. Where rows equals keys, tiles are
     square up to 256, and larger ones have at most 256 x 384 elements, which keeps one tile's float32 scores at 6 MB
-    with 16 heads: what a layer takes in all must stay under 32 MB on CPU (see reranker.default_row_tokens). The S
-    scored rows of the last layer go in tiles of 8, and as they cost little, to fewer classes: each class takes time to
-    compile, and memory, in every bucket.
+    with 16 heads: what a layer takes in all must stay under 32 MB on CPU (see reranker.default_row_tokens). In rows
+    of over 2,048 keys, which go through attention a few heads at a time, they may have 512 x 512. The S scored rows
+    of the last layer go in tiles of 8, and as they cost little, to fewer classes: each class takes time to compile,
+    and memory, in every bucket.
     """
     most = min(keys, WINDOWS[-1])
     if rows != keys:
         return [(min(8, rows), w) for w in (*(w for w in SCORE_WINDOWS if w < most), most)]
-    return [(min(w, 256 * 384 // w), w) for w in (*(w for w in WINDOWS if w < most), most)]
+    elements = 512 * 512 if keys > 2048 else 256 * 384
+    return [(min(w, elements // w), w) for w in (*(w for w in WINDOWS if w < most), most)]
 
 
 def max_tiles(keys: int, rows: int) -> int:

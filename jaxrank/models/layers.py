@@ -19,8 +19,12 @@ LONG_ROW = 2048
 RUN = 1024
 
 
-def weight(rngs: nnx.Rngs, shape: Sequence[int], dtype: DTypeLike, scale: float = INIT_SCALE) -> nnx.Param[Array]:
-    """A normal-distributed parameter; the distribution matters only where a model is trained from scratch."""
+def weight(
+    rngs: nnx.Rngs | None, shape: Sequence[int], dtype: DTypeLike, scale: float = INIT_SCALE
+) -> nnx.Param[Array]:
+    """A normal-distributed parameter, for training from scratch and tests; zeros without rngs, for outlines."""
+    if rngs is None:
+        return nnx.Param(jnp.zeros(tuple(shape), dtype))
     return nnx.Param(jax.random.normal(rngs.params(), tuple(shape), jnp.float32).astype(dtype) * scale)
 
 

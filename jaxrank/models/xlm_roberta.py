@@ -80,7 +80,9 @@ class XLMRobertaConfig:
 class Projection(nnx.Module):
     """x @ kernel + bias with any number of axes on either side; the result is float32."""
 
-    def __init__(self, spec: str, shape: tuple[int, ...], bias: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, spec: str, shape: tuple[int, ...], bias: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs | None
+    ):
         self.spec = spec
         self.kernel = weight(rngs, shape, dtype)
         self.bias = nnx.Param(jnp.zeros(bias, jnp.float32))
@@ -90,7 +92,7 @@ class Projection(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None):
+    def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         wide, heads, size = config.width, config.heads, config.width // config.heads
         self.query, self.key, self.value = (
             Projection("TD,DNH->TNH", (wide, heads, size), (heads, size), dtype, rngs) for _ in range(3)
@@ -130,7 +132,7 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """Post-norm transformer layer: the residual is added, then normalised."""
 
-    def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None):
+    def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
         self.attention_norm = LayerNorm(config.width, config.eps)
         self.up = Projection("TD,DF->TF", (config.width, config.ffn), (config.ffn,), dtype, rngs)
@@ -157,7 +159,7 @@ class XLMRoberta(nnx.Module):
     """
 
     def __init__(
-        self, config: XLMRobertaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None = None
+        self, config: XLMRobertaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None = None
     ):
         self.config = config
         self.word = weight(rngs, (config.vocab_size, config.width), dtype)
