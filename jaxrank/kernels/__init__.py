@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxrank.kernels import xla
-from jaxrank.kernels.tiles import make_layout, max_tiles
+from jaxrank.kernels.tiles import LONG_ROW, make_layout, max_tiles
 from jaxrank.types import Layout
 
-__all__ = ["IMPLEMENTATIONS", "attention", "make_layout", "max_tiles", "operand_dtype"]
+__all__ = ["IMPLEMENTATIONS", "LONG_ROW", "attention", "make_layout", "max_tiles", "operand_dtype"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"tiled": xla.tiled, "dense": xla.dense}
 

@@ -18,6 +18,9 @@ WINDOWS = (128, 192, 256, 384, 512, 1024)
 
 SCORE_WINDOWS = (256, 1024)
 
+LONG_ROW = 2048
+"""Longer rows go through attention a few heads at a time where memory is saved (see models.layers.save_memory)."""
+
 TOKEN_MERGE = 128
 SCORE_MERGE = 512
 
@@ -28,14 +31,14 @@ def classes(keys: int, rows: int) -> list[tuple[int, int]]:
     A tile of the last class has any number of keys, one of the others at most W. Where rows equals keys, tiles are
     square up to 256, and larger ones have at most 256 x 384 elements, which keeps one tile's float32 scores at 6 MB
     with 16 heads: what a layer takes in all must stay under 32 MB on CPU (see reranker.default_row_tokens). In rows
-    of over 2,048 keys, which go through attention a few heads at a time, they may have 512 x 512. The S scored rows
-    of the last layer go in tiles of 8, and as they cost little, to fewer classes: each class takes time to compile,
-    and memory, in every bucket.
+    of over LONG_ROW keys, a few heads at a time, they may have 512 x 512. The S scored rows of the last layer go in
+    tiles of 8, and as they cost little, to fewer classes: each class takes time to compile, and memory, in every
+    bucket.
     """
     most = min(keys, WINDOWS[-1])
     if rows != keys:
         return [(min(8, rows), w) for w in (*(w for w in SCORE_WINDOWS if w < most), most)]
-    elements = 512 * 512 if keys > 2048 else 256 * 384
+    elements = 512 * 512 if keys > LONG_ROW else 256 * 384
     return [(min(w, elements // w), w) for w in (*(w for w in WINDOWS if w < most), most)]
 
 

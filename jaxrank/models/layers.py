@@ -12,10 +12,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
+from jaxrank.kernels import LONG_ROW
 from jaxrank.types import ArrayLike
 
 INIT_SCALE = 0.02
-LONG_ROW = 2048
 RUN = 1024
 
 
