@@ -30,7 +30,7 @@ from sentence_transformers import CrossEncoder
 from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 from jaxrank import Reranker
-from jaxrank.kernels import attention
+from jaxrank.kernels import attention, operand_dtype
 from jaxrank.packing import bucket_of, pack, plan
 from jaxrank.reranker import BUILTIN
 
@@ -102,7 +102,7 @@ def breakdown(reranker: Reranker, pairs: Pairs, shape: str, dtype: str, whole: f
     last = 2 * wide * wide / (4 * wide * wide + 2 * wide * ffn)
     products *= (layers - 1 + last) * sum(tokens) / row
 
-    q = jnp.asarray(normal((row, heads, wide // heads), np.float32), dtype)
+    q = jnp.asarray(normal((row, heads, wide // heads), np.float32), operand_dtype(dtype))
     attend = jax.jit(lambda q, layout: attention(q, q, q, layout, scale=0.1))
     layouts = [pack([encoded[i] for i in row], size).layout for row, size in zip(rows, tokens, strict=True)]
     attending = (layers - 1) * sum(
@@ -155,13 +155,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--xquad", type=Path, required=True, help="folder with XQuAD's en.json")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["base", "large"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--pairs", type=int, default=160, help="pairs a turn; a third of them at the large shape")
+    parser.add_argument("--pairs", type=int, default=120, help="pairs a turn; a third of them at the large shapes")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     rows = []
     for shape in arguments.shapes:
-        pairs = xquad_pairs(arguments.xquad, arguments.pairs // 3 if shape == "large" else arguments.pairs)
+        pairs = xquad_pairs(arguments.xquad, arguments.pairs // 3 if shape in ("large", "v2-m3") else arguments.pairs)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint(Path(folder), shape)
             for dtype in arguments.dtypes:
