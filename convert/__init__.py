@@ -4,7 +4,7 @@
     safetensors.py    a checked reader of safetensors files
     torch_bin.py      the same for PyTorch's .bin files, for conversion only
     rules.py          tensors into parameters, by a table
-    xlm_roberta.py    a family's table
+    xlm_roberta.py, qwen3.py    a family's table
 
 `load` serves a published folder as it is, `convert` writes one that needs no conversion.
 """
@@ -24,24 +24,28 @@ from tqdm import tqdm
 
 from jaxrank import checkpoint
 from jaxrank.checkpoint import read_config
-from jaxrank.convert import safetensors, torch_bin, xlm_roberta
+from jaxrank.convert import qwen3, safetensors, torch_bin, xlm_roberta
 from jaxrank.convert.hub import TOKENIZER_FILES, find
 from jaxrank.convert.rules import Abstract, Rule, check, fill
 from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError, ModelError
-from jaxrank.models import family_of
+from jaxrank.models import settings_of
 
 __all__ = ["convert", "find", "load", "read_config"]
 
 
 class Names(NamedTuple):
-    """A family's tensor names: its table for a configuration, and tensors that need not be consumed."""
+    """An architecture's tensor names: its table for a configuration and folder, and tensors that may be left over."""
 
-    rules: Callable[[Any], list[Rule]]
+    rules: Callable[[Any, Path], list[Rule]]
     ignored: frozenset[str]
 
 
-NAMES = {"XLMRobertaForSequenceClassification": Names(xlm_roberta.rules, xlm_roberta.IGNORED)}
+NAMES = {
+    "XLMRobertaForSequenceClassification": Names(xlm_roberta.rules, xlm_roberta.IGNORED),
+    "Qwen3ForCausalLM": Names(qwen3.rules, qwen3.IGNORED),
+    "Qwen3ForSequenceClassification": Names(qwen3.classifier_rules, qwen3.IGNORED),
+}
 
 
 def load(
@@ -59,11 +63,12 @@ def load(
     """
     folder = Path(folder)
     config = read_config(folder)
-    family, (rules, ignored) = family_of(config), NAMES[config["architectures"][0]]
+    _, settings = settings_of(config)
+    rules, ignored = NAMES[config["architectures"][0]]
     try:
         tensors = read_tensors(folder, allow_torch)
-        model = checkpoint.outline(family, config, main_dtype(tensors) if dtype is None else dtype)
-        table = rules(family.config.read(config))
+        model = checkpoint.outline(config, main_dtype(tensors) if dtype is None else dtype)
+        table = rules(settings, folder)
         outlines = {
             path: Abstract(value.shape, np.dtype(value.dtype)) for path, value in checkpoint.parameters(model).items()
         }

@@ -31,10 +31,14 @@ Shape = tuple[int, ...]
 
 
 class Transform(NamedTuple):
-    """How a parameter looks as its tensor: its axes flattened to `flat(shape)`, then transposed or not."""
+    """How a parameter looks as its tensor: its axes flattened to `flat(shape)`, then transposed or not.
+
+    With `minus` = (a, b) it is row a minus row b of the tensor instead, in float32.
+    """
 
     flat: Callable[[Shape], Shape]
     transposed: bool = False
+    minus: tuple[int, int] | None = None
 
     def source_shape(self, shape: Shape) -> Shape:
         """The shape that the tensor of a parameter of this shape must have."""
@@ -57,6 +61,11 @@ ROW = Transform(lambda shape: (1, *shape))
 def linear(inputs: int = 1) -> Transform:
     """A kernel [*in, *out] whose first `inputs` axes are summed over, from torch's Linear weight [out, in]."""
     return Transform(lambda shape: (math.prod(shape[:inputs]), math.prod(shape[inputs:])), transposed=True)
+
+
+def row_difference(rows: int, a: int, b: int) -> Transform:
+    """Row a minus row b of a table with that many rows: [D] from [rows, D]."""
+    return Transform(lambda shape: (rows, *shape), minus=(a, b))
 
 
 class Rule(NamedTuple):
@@ -150,6 +159,11 @@ def fill(
     def one(rule: Rule) -> jax.Array:
         shape, dtype = parameters[rule.parameter]
         host = host_memory(shape, dtype)
+        if rule.transform.minus:
+            a, b = (read_row(tensors[rule.tensor], row).astype(np.float32) for row in rule.transform.minus)
+            host[...] = a - b
+            advance(tensors[rule.tensor].nbytes)
+            return to_device(host)
         view, row = np.atleast_1d(rule.transform.view(host)), 0
         for chunk in tensors[rule.tensor].chunks():
             # Cast first: a transposed write of 2-byte items touches half the memory.
@@ -164,6 +178,15 @@ def fill(
             return {rule.parameter: future.result() for rule, future in zip(order, futures, strict=True)}
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def read_row(tensor: Tensor, row: int) -> np.ndarray:
+    """A copy of one row of a table."""
+    for chunk in tensor.chunks():
+        if row < len(chunk):
+            return chunk[row].copy()
+        row -= len(chunk)
+    raise IndexError(f"{tensor.where}: a table of {tensor.shape[0]} rows has no such row")
 
 
 def cast(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

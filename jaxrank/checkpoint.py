@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxrank.errors import CheckpointError, UnsupportedError
-from jaxrank.models import FAMILIES, Family
+from jaxrank.models import FAMILIES, settings_of
 from jaxrank.types import Config
 from jaxrank.version import __version__
 
@@ -71,8 +71,8 @@ def save(folder: Path, model: nnx.Module) -> None:
 def load(folder: Path, *, dtype: DTypeLike) -> Any:
     """The model of a converted folder, its matrices in dtype. Raises CheckpointError, or UnsupportedError."""
     folder = Path(folder).absolute()
-    mark = read_mark(folder)
-    model = outline(FAMILIES[mark["family"]], read_config(folder), dtype)
+    read_mark(folder)
+    model = outline(read_config(folder), dtype)
     try:
         values = read_weights(folder / WEIGHTS, parameters(model))
     except (OSError, ValueError) as error:
@@ -113,15 +113,13 @@ def read_mark(folder: Path) -> dict[str, Any]:
     return mark
 
 
-def outline(family: Family, config: Config, dtype: DTypeLike) -> Any:
-    """The family's module with shapes and dtypes in place of numbers; nothing is allocated."""
-    try:
-        settings = family.config.read(config)
-        return nnx.eval_shape(lambda: family.module(settings, dtype=dtype, rngs=None))
-    except KeyError as error:
-        raise CheckpointError(f"config.json lacks {error}; fetch it again") from error
-    except (TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"config.json has a field of a wrong type or size ({first_line(error)})") from error
+def outline(config: Config, dtype: DTypeLike) -> Any:
+    """The module that config.json describes, with shapes and dtypes in place of numbers; nothing is allocated.
+
+    Raises UnsupportedError or CheckpointError.
+    """
+    family, settings = settings_of(config)
+    return nnx.eval_shape(lambda: family.module(settings, dtype=dtype, rngs=None))
 
 
 def write_weights(folder: Path, values: Mapping[str, jax.Array]) -> None:

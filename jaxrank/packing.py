@@ -1,6 +1,7 @@
 """From encoded pairs to packed rows: whole pairs side by side in one row of T tokens, T from a short ladder.
 
-A row has no padding between pairs; only the step from its tokens to the next bucket is filler.
+A row has no padding between pairs; only the step from its tokens to the next bucket is filler. What the pairs of a
+request begin with alike, a causal model computes once a row.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrank.kernels import make_layout
-from jaxrank.types import Encoded, Packed
+from jaxrank.types import NO_PREFIX, Encoded, Packed
 
 LADDER = tuple(step * 2**power for power in range(7, 16) for step in (1, 1.5))
 """128, 192, 256, 384, ... tokens: doubling, with a step between that halves the filler of a row's end."""
@@ -31,32 +32,66 @@ def buckets(row_tokens: int, max_length: int, *, long_steps: bool = True) -> lis
     return [t for t in ladder if t <= usual or t == top or (long_steps and t < top)]
 
 
-def plan(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+def plan(pairs: Sequence[Encoded], row_tokens: int) -> list[list[int]]:
     """Which pairs share a row: first fit, longest first; `row_tokens` tokens and slots(row_tokens) pairs at most.
 
-    A pair longer than row_tokens has a row of its own. Returns lists of indices into `lengths`, rows with the longest
-    pairs first. First fit decreasing wastes at most 2/9 of the rows (Johnson 1973), in practice a few tokens.
+    Pairs with one prefix go together: all of them into the first row that holds them, or else one by one, first into
+    rows that have their prefix already; a row counts a prefix once. A pair longer than row_tokens has a row of its
+    own. Returns lists of indices into `pairs`, the largest first. First fit decreasing wastes at most 2/9 of the rows
+    (Johnson 1973), in practice a few tokens.
     """
     most = slots(row_tokens)
     rows: list[list[int]] = []
-    room = np.zeros(len(lengths), np.int64)
-    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        fits = np.flatnonzero(room[: len(rows)] >= lengths[index])
-        if len(fits):
-            row = int(fits[0])
-            rows[row].append(index)
-            room[row] -= lengths[index]
-            if len(rows[row]) == most:
-                room[row] = 0
-        else:
-            room[len(rows)] = max(row_tokens - lengths[index], 0)
-            rows.append([index])
+    room = np.zeros(len(pairs), np.int64)
+
+    def put(row: int | None, indices: list[int], tokens: int) -> int:
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room[row] = row_tokens
+        rows[row] += indices
+        room[row] = max(room[row] - tokens, 0) if len(rows[row]) < most else 0
+        return row
+
+    def first_fit(tokens: int, count: int) -> int | None:
+        for row in np.flatnonzero(room[: len(rows)] >= tokens).tolist():
+            if len(rows[row]) + count <= most:
+                return row
+        return None
+
+    groups: dict[bytes | int, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        groups.setdefault(pair.prefix.tobytes() or i, []).append(i)
+    sizes = {key: row_size([pairs[i] for i in group]) for key, group in groups.items()}
+    for key in sorted(groups, key=lambda key: -sizes[key]):
+        group = sorted(groups[key], key=lambda i: -len(pairs[i].tokens))
+        if len(group) == 1 or (sizes[key] <= row_tokens and len(group) <= most):
+            put(first_fit(sizes[key], len(group)), group, sizes[key])
+            continue
+        mine: list[int] = []
+        for i in group:
+            own = len(pairs[i].tokens)
+            row = next((row for row in mine if room[row] >= own), None)
+            if row is not None:
+                put(row, [i], own)
+            else:
+                mine.append(put(first_fit(len(pairs[i]), 1), [i], len(pairs[i])))
     return rows
 
 
-def pack(pairs: Sequence[Encoded], tokens: int) -> Packed:
-    """One row of `tokens` tokens holding `pairs` in order, pair i scored in slot i; ValueError if they do not fit."""
-    used, most = sum(map(len, pairs)), slots(tokens)
+def row_size(pairs: Sequence[Encoded]) -> int:
+    """How many tokens of a row the pairs take, every prefix counted once."""
+    prefixes = {pair.prefix.tobytes() for pair in pairs}
+    return sum(len(pair.tokens) for pair in pairs) + sum(len(prefix) // NO_PREFIX.itemsize for prefix in prefixes)
+
+
+def pack(pairs: Sequence[Encoded], tokens: int, *, causal: bool = False) -> Packed:
+    """One row of `tokens` tokens holding `pairs` in order, pair i scored in slot i; ValueError if they do not fit.
+
+    A prefix stands once, before the first pair that has it: a star, whose pairs see it and themselves. causal: tokens
+    see what stands before them in their pair, and themselves; otherwise the whole pair, which can have no prefix.
+    """
+    used, most = row_size(pairs), slots(tokens)
     if used > tokens or len(pairs) > most:
         raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit a row of {tokens} tokens and {most} pairs")
     row = np.zeros(tokens, np.int32)
@@ -64,15 +99,28 @@ def pack(pairs: Sequence[Encoded], tokens: int) -> Packed:
     spans = np.zeros((tokens, 4), np.int32)
     score_at = np.zeros(most, np.int32)
     score_spans = np.zeros((most, 4), np.int32)
-    start = 0
+    end = 0
+
+    def lay(ids: np.ndarray, prefix: tuple[int, int]) -> int:
+        """Put tokens at the end of what there is, after the tokens of their prefix; where they begin."""
+        nonlocal end
+        start, end = end, end + len(ids)
+        row[start:end] = ids
+        positions[start:end] = np.arange(len(ids)) + prefix[1] - prefix[0]
+        spans[start:end, :2] = prefix
+        spans[start:end, 2] = start
+        spans[start:end, 3] = np.arange(start, end) + 1 if causal else end
+        return start
+
+    prefixes = {b"": (0, 0)}
     for slot, pair in enumerate(pairs):
-        end = start + len(pair)
-        row[start:end] = pair.tokens
-        positions[start:end] = np.arange(len(pair))
-        spans[start:end, 2:] = start, end
-        score_at[slot] = start + pair.score_at
+        key = pair.prefix.tobytes()
+        if key not in prefixes:
+            if not causal:
+                raise ValueError("pairs of a model that looks both ways cannot share a prefix")
+            prefixes[key] = (lay(pair.prefix, (0, 0)), end)
+        score_at[slot] = lay(pair.tokens, prefixes[key]) + pair.score_at
         score_spans[slot] = spans[score_at[slot]]
-        start = end
     return Packed(row, positions, score_at, make_layout(spans, tokens), make_layout(score_spans, tokens))
 
 

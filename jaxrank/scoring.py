@@ -20,8 +20,8 @@ from jaxtyping import Float32
 
 from jaxrank.errors import ModelError, RequestError
 from jaxrank.models.layers import stack
-from jaxrank.packing import LADDER, bucket_of, buckets, pack, plan
-from jaxrank.types import Encoded, Layout, Packed
+from jaxrank.packing import LADDER, bucket_of, buckets, pack, plan, row_size
+from jaxrank.types import Encoded, Packed
 
 WINDOW = 2048
 """Pairs planned together. More would fill rows no better, and planning takes pairs times rows."""
@@ -105,22 +105,22 @@ def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:
         def embed(state: Any, batch: Packed) -> Any:
             return nnx.merge(ends_graph, state).embed(batch)
 
-        def run(state: Any, x: jax.Array, layout: Layout) -> Any:
-            return nnx.merge(split[0][0], state)(x, layout)
+        def run(state: Any, x: jax.Array, shared: Any) -> Any:
+            return nnx.merge(split[0][0], state)(x, *shared)
 
         def finish(state: Any, x: jax.Array, batch: Packed) -> Any:
             return nnx.merge(ends_graph, state).finish(x, batch)
 
-        x = jax.eval_shape(embed, ends_state, sample)
+        x, shared = jax.eval_shape(embed, ends_state, sample)
         first = jax.jit(embed).lower(ends_state, sample).compile()
         last = jax.jit(finish).lower(ends_state, x, sample).compile()
-        between = [jax.jit(run, donate_argnums=1).lower(state, x, sample.layout).compile() for state in layers[:1]]
+        between = [jax.jit(run, donate_argnums=1).lower(state, x, shared).compile() for state in layers[:1]]
 
         def program(batch: Packed) -> jax.Array:
-            x = first(ends_state, batch)
+            x, shared = first(ends_state, batch)
             for state in layers:
                 # waited for, since calls that wait in line hold their memory
-                x = between[0](state, x, batch.layout).block_until_ready()
+                x = between[0](state, x, shared).block_until_ready()
             return last(ends_state, x, batch)
 
         return program
@@ -135,14 +135,17 @@ class Scorer:
     compiled by `warm_up`, or at first use.
     """
 
-    def __init__(self, model: nnx.Module, *, max_length: int, row_tokens: int):
+    def __init__(self, model: Any, *, max_length: int, row_tokens: int):
         if not 1 <= row_tokens <= LADDER[-1]:
             raise RequestError(f"row_tokens is {row_tokens}; a row takes 1 to {LADDER[-1]:.0f} tokens")
+        if max_length > LADDER[-1]:
+            raise RequestError(f"max_length is {max_length}; a row takes at most {LADDER[-1]:.0f} tokens")
         self.on_cpu = jax.default_backend() == "cpu"
         self.buckets = buckets(row_tokens, max_length, long_steps=not self.on_cpu)
         self.row_tokens = next(t for t in self.buckets if t >= row_tokens)
         # rows handed to the device before the first result is awaited: one runs, on accelerators another waits ready
         self.in_flight = 1 if self.on_cpu else 2
+        self.causal: bool = model.causal
         self.compile = compile_in_parts(model) if self.on_cpu else compile_whole(model)
         self.programs: dict[int, Program] = {}
         self._counter = CompilationCounter()
@@ -184,10 +187,10 @@ class Scorer:
         waiting: list[tuple[list[int], jax.Array]] = []
         for first in range(0, len(pairs), WINDOW):
             window = pairs[first : first + WINDOW]
-            for row in plan([len(pair) for pair in window], self.row_tokens):
+            for row in plan(window, self.row_tokens):
                 chosen = [window[i] for i in row]
-                tokens = bucket_of(sum(map(len, chosen)), len(chosen), self.buckets)
-                batch = pack(chosen, tokens)
+                tokens = bucket_of(row_size(chosen), len(chosen), self.buckets)
+                batch = pack(chosen, tokens, causal=self.causal)
                 if len(waiting) == self.in_flight:
                     yield _fetch(*waiting.pop(0))
                 waiting.append(([first + i for i in row], self._program(tokens)(batch)))

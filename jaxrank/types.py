@@ -11,7 +11,7 @@ The same letters are used in annotations, einsum strings and comments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,20 +21,26 @@ from jaxtyping import Int32
 ArrayLike = jax.Array | np.ndarray
 
 
+NO_PREFIX = np.zeros(0, np.int32)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One tokenised (query, document) pair, not padded.
 
-    tokens: int32 [length]. score_at: the position whose hidden state the score is read from.
-    dropped: how many tokens of query and document truncation removed.
+    tokens: int32 [length], the pair's own tokens. score_at: which of them the score is read from. dropped: how many
+    tokens of query and document truncation removed. prefix: int32 [length], tokens that stand before the own ones and
+    are the same in other pairs, with which they may share one computation; for causal models alone.
     """
 
     tokens: Int32[np.ndarray, " length"]
     score_at: int = 0
     dropped: int = 0
+    prefix: Int32[np.ndarray, " prefix"] = field(default_factory=lambda: NO_PREFIX)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        """All its tokens, the shared ones included."""
+        return len(self.prefix) + len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,9 @@ class Layout:
 class Packed:
     """One row of T tokens holding whole pairs side by side, with static shapes; filler at the end.
 
-    tokens, positions: int32 [T], positions counted from 0 within a pair. score_at: int32 [S], the row index of each
-    pair's scored token (0 in unused slots). layout rules attention among the T tokens, score_layout that of the S
-    scored tokens over the same keys.
+    tokens, positions: int32 [T], positions counted from 0 within a pair, from the start of its prefix if it has one.
+    score_at: int32 [S], the row index of each pair's scored token (0 in unused slots). layout rules attention among
+    the T tokens, score_layout that of the S scored tokens over the same keys.
     """
 
     tokens: Int32[ArrayLike, " T"]

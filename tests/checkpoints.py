@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForSequenceClassification
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+
+from benchmarks.checkpoints import make_qwen_tokenizer
 
 TEXT = [
     "The giant panda (Ailuropoda melanoleuca), sometimes called a panda bear or simply panda, is endemic to China.",
@@ -81,6 +90,48 @@ def make_bge(folder: Path, *, seed: int = 0, tokenizer: bool = True, gain: float
     model.save_pretrained(folder)
     if tokenizer:
         make_tokenizer(folder, settings["max_position_embeddings"] - 2, min(400, settings["vocab_size"]))
+    return folder
+
+
+def make_qwen3(
+    folder: Path, *, seed: int = 0, tokenizer: bool = True, gain: float = 1.0, classifier: bool = False, **config: Any
+) -> Path:
+    """A random Qwen3-Reranker folder; with `classifier`, the sequence classification that some convert it to.
+
+    Matrices are drawn with a deviation of gain / sqrt(inputs) and norms at random, so that logits differ widely
+    between pairs and every parameter matters.
+    """
+    settings: dict[str, Any] = dict(
+        vocab_size=600,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+    )
+    settings.update(config)
+    torch.manual_seed(seed)
+    if classifier:
+        model: Any = Qwen3ForSequenceClassification(
+            Qwen3Config(**{**settings, "num_labels": 1, "pad_token_id": 0})
+        ).eval()
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name or "lm_head" in name:
+                parameter.normal_(0, settings["hidden_size"] ** -0.5)  # logits of about one unit
+            elif parameter.ndim == 2:
+                parameter.normal_(0, gain / parameter.shape[1] ** 0.5)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    if tokenizer:
+        make_qwen_tokenizer(folder, settings["vocab_size"], TEXT)
     return folder
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxrank import checkpoint
 from jaxrank.errors import CheckpointError, ModelError, UnsupportedError
-from jaxrank.models import FAMILIES, family_of
+from jaxrank.models import settings_of
 
 CONFIG = {
     "architectures": ["XLMRobertaForSequenceClassification"],
@@ -28,8 +28,8 @@ CONFIG = {
 
 
 def make(dtype=jnp.float32):
-    family = family_of(CONFIG)
-    return family.module(family.config.read(CONFIG), dtype=dtype, rngs=nnx.Rngs(0))
+    family, settings = settings_of(CONFIG)
+    return family.module(settings, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +148,9 @@ def test_damaged_weights_are_never_read_as_something_else(folder, tmp_path, dama
 
 
 def test_parameters_are_outlined_without_memory():
-    family = FAMILIES[CONFIG["architectures"][0]]
-    model = checkpoint.outline(family, {**CONFIG, "vocab_size": 10**9, "hidden_size": 4096}, jnp.bfloat16)
+    model = checkpoint.outline({**CONFIG, "vocab_size": 10**9, "hidden_size": 4096}, jnp.bfloat16)
     assert checkpoint.parameters(model)["word"].shape == (10**9, 4096)
     with pytest.raises(CheckpointError, match="hidden_size"):
-        checkpoint.outline(family, {k: v for k, v in CONFIG.items() if k != "hidden_size"}, jnp.float32)
+        checkpoint.outline({k: v for k, v in CONFIG.items() if k != "hidden_size"}, jnp.float32)
     with pytest.raises(CheckpointError, match="wrong type"):
-        checkpoint.outline(family, {**CONFIG, "hidden_size": "wide"}, jnp.float32)
+        checkpoint.outline({**CONFIG, "hidden_size": "wide"}, jnp.float32)

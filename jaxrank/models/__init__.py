@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
-from jaxrank.errors import UnsupportedError
+from jaxrank.errors import CheckpointError, UnsupportedError
+from jaxrank.models.qwen3 import Qwen3, Qwen3Config
 from jaxrank.models.xlm_roberta import XLMRoberta, XLMRobertaConfig
 from jaxrank.types import Config
 
 
 class Family(NamedTuple):
-    """What makes a model family: its module and how its config.json is read."""
+    """What makes a model family: its module, how its config.json is read, and whether it reads pairs in a prompt.
 
-    module: type[XLMRoberta]
-    config: type[XLMRobertaConfig]
+    Models that read a prompt answer yes or no, and their score is the probability of yes; the others read query and
+    document side by side.
+    """
+
+    module: type[Any]
+    config: type[XLMRobertaConfig] | type[Qwen3Config]
+    prompted: bool
 
 
-FAMILIES = {"XLMRobertaForSequenceClassification": Family(XLMRoberta, XLMRobertaConfig)}
+XLM_ROBERTA = Family(XLMRoberta, XLMRobertaConfig, prompted=False)
+QWEN3 = Family(Qwen3, Qwen3Config, prompted=True)
+
+FAMILIES = {
+    "XLMRobertaForSequenceClassification": XLM_ROBERTA,
+    "Qwen3ForCausalLM": QWEN3,
+    "Qwen3ForSequenceClassification": QWEN3,
+}
 
 
-def family_of(config: Config) -> Family:
-    """The family that config.json names; UnsupportedError lists the known ones."""
+MOST_LAYERS = 1000
+
+
+def settings_of(config: Config) -> tuple[Family, Any]:
+    """The family that a config.json names, and its settings. Raises UnsupportedError or CheckpointError."""
     architectures = config.get("architectures") or []
-    if len(architectures) == 1 and architectures[0] in FAMILIES:
-        return FAMILIES[architectures[0]]
-    raise UnsupportedError(f"config.json: architectures is {architectures!r}; jaxrank knows {', '.join(FAMILIES)}")
+    if architectures not in [[name] for name in FAMILIES]:
+        raise UnsupportedError(f"config.json: architectures is {architectures!r}; jaxrank knows {', '.join(FAMILIES)}")
+    family = FAMILIES[architectures[0]]
+    try:
+        settings = family.config.read(config)
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error}; fetch it again") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"config.json has a field of a wrong type or size ({str(error)[:200]}); fetch it again"
+        ) from error
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        least, most = (0 if field.name == "pad_id" else 1), (MOST_LAYERS if field.name == "layers" else 2**40)
+        if field.type == "int" and (type(value) is not int or not least <= value <= most):
+            raise CheckpointError(
+                f"config.json has a field of a wrong type or size (the model's {field.name} would be {value!r:.80}, it "
+                f"must be a whole number from {least} to {most}); fetch it again"
+            )
+    return family, settings

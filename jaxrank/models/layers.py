@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,22 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
+from jaxrank.errors import UnsupportedError
 from jaxrank.kernels import LONG_ROW
 from jaxrank.types import ArrayLike
 
 INIT_SCALE = 0.02
 RUN = 1024
+
+
+def refuse(fields: Mapping[str, tuple[Any, Any]]) -> None:
+    """UnsupportedError that names every field of config.json whose value is not the one that is implemented.
+
+    fields: by name, (what config.json says or implies, what is implemented).
+    """
+    refused = [f"{name} = {came!r} (implemented: {known!r})" for name, (came, known) in fields.items() if came != known]
+    if refused:
+        raise UnsupportedError("config.json asks for what jaxrank does not compute: " + "; ".join(refused))
 
 
 def weight(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
 from jaxrank.kernels import attention, operand_dtype
-from jaxrank.models.layers import LayerNorm, einsum, gelu, in_runs, run_layers, save_memory, table_rows, weight
+from jaxrank.models.layers import LayerNorm, einsum, gelu, in_runs, refuse, run_layers, save_memory, table_rows, weight
 from jaxrank.types import ArrayLike, Config, Layout, Packed
 
 HEAD_GROUP = 4
@@ -39,27 +39,24 @@ class XLMRobertaConfig:
         """Positions count from pad_id + 1, so that many rows of the table are never reached."""
         return self.position_rows - self.pad_id - 1
 
+    @property
+    def default_length(self) -> int:
+        return self.max_length
+
     @classmethod
     def read(cls, config: Config) -> XLMRobertaConfig:
         """From config.json; a field whose value would change the result and is not implemented is refused by name."""
-        implemented = {
-            "hidden_act": ("gelu",),
-            "position_embedding_type": ("absolute",),
-            "type_vocab_size": (1,),
-            "is_decoder": (False,),
-            "add_cross_attention": (False,),
-            "num_labels": (1,),
-            "quantization_config": (None,),
-        }
-        labels = len(config.get("id2label") or {0: ""})
-        seen = {**config, "num_labels": config.get("num_labels", labels)}
-        refused = [
-            f"{name} = {seen[name]!r} (implemented: {', '.join(map(repr, values))})"
-            for name, values in implemented.items()
-            if name in seen and seen[name] not in values
-        ]
-        if refused:
-            raise UnsupportedError("config.json asks for what jaxrank does not compute: " + "; ".join(refused))
+        refuse(
+            {
+                "hidden_act": (config.get("hidden_act", "gelu"), "gelu"),
+                "position_embedding_type": (config.get("position_embedding_type", "absolute"), "absolute"),
+                "type_vocab_size": (config.get("type_vocab_size", 1), 1),
+                "is_decoder": (config.get("is_decoder", False), False),
+                "add_cross_attention": (config.get("add_cross_attention", False), False),
+                "num_labels": (config.get("num_labels", len(config.get("id2label") or "1")), 1),
+                "quantization_config": (config.get("quantization_config"), None),
+            }
+        )
         if config["hidden_size"] % config["num_attention_heads"]:
             raise UnsupportedError(
                 f"config.json: hidden_size {config['hidden_size']} is not a multiple of "
@@ -158,6 +155,8 @@ class XLMRoberta(nnx.Module):
     `implementation` is that of kernels.attention; gradients need "dense".
     """
 
+    causal = False
+
     def __init__(
         self, config: XLMRobertaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None = None
     ):
@@ -171,10 +170,12 @@ class XLMRoberta(nnx.Module):
         self.dense = Projection("SD,DE->SE", (config.width, config.width), (config.width,), jnp.float32, rngs)
         self.head = Projection("SD,D->S", (config.width,), (), jnp.float32, rngs)
 
-    def embed(self, batch: Packed) -> Float[Array, "T D"]:
+    def embed(self, batch: Packed) -> tuple[Float[Array, "T D"], tuple[Layout]]:
+        """The first layer's input, and what every layer takes besides."""
         word = table_rows(self.word[...], batch.tokens)
         position = table_rows(self.position[...], batch.positions + self.config.pad_id + 1)
-        return in_runs(self.embedding_norm, word + position + self.token_type[...], used=batch.layout.used)
+        x = in_runs(self.embedding_norm, word + position + self.token_type[...], used=batch.layout.used)
+        return x, (batch.layout,)
 
     def finish(self, x: Float[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
         """The last layer, at the scored rows alone, and the classifier."""
@@ -182,4 +183,5 @@ class XLMRoberta(nnx.Module):
         return self.head(jax.nn.tanh(self.dense(x)))
 
     def __call__(self, batch: Packed) -> Float32[Array, " S"]:
-        return self.finish(run_layers(self.layers, self.embed(batch), batch.layout), batch)
+        x, shared = self.embed(batch)
+        return self.finish(run_layers(self.layers, x, *shared), batch)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,27 @@ def test_config_that_is_no_object(folder, content):
     (folder / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         convert.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", "2"),
+        ("hidden_size", 48.0),
+        ("vocab_size", -1),
+        ("num_attention_heads", 0),
+        ("intermediate_size", [96]),
+        ("id2label", 3),
+    ],
+)
+def test_fields_of_a_wrong_type_or_size(folder, tmp_path, field, value):
+    edit_config(folder, **{field: value})
+    for use in (partial(convert.load, folder, dtype="float32"), partial(convert.convert, folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"config\.json has a field of a wrong type or size"):
+            use()
+    assert not (tmp_path / "out").exists()
 
 
 def test_config_missing_or_short_of_fields(folder):

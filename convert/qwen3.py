@@ -1,0 +1,57 @@
+"""The tensors of transformers' Qwen3ForCausalLM and Qwen3ForSequenceClassification: Qwen3-Reranker, all sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxrank.convert.rules import ROW, Rule, linear, row_difference
+from jaxrank.errors import CheckpointError
+from jaxrank.models.qwen3 import Qwen3Config
+from jaxrank.tokens import load_tokenizer
+
+LAYER = (
+    Rule("input_layernorm.weight", "attention/norm/scale"),
+    Rule("self_attn.q_proj.weight", "attention/query", linear()),
+    Rule("self_attn.k_proj.weight", "attention/key", linear()),
+    Rule("self_attn.v_proj.weight", "attention/value", linear()),
+    Rule("self_attn.q_norm.weight", "attention/query_norm/scale"),
+    Rule("self_attn.k_norm.weight", "attention/key_norm/scale"),
+    Rule("self_attn.o_proj.weight", "attention/out", linear(inputs=2)),
+    Rule("post_attention_layernorm.weight", "feed_forward/norm/scale"),
+    Rule("mlp.gate_proj.weight", "feed_forward/gate", linear()),
+    Rule("mlp.up_proj.weight", "feed_forward/up", linear()),
+    Rule("mlp.down_proj.weight", "feed_forward/down", linear()),
+)
+
+# Saved by some although it is the embedding once more.
+IGNORED = frozenset(["lm_head.weight"])
+
+
+def rules(config: Qwen3Config, folder: Path) -> list[Rule]:
+    """The whole table of a causal model, whose head is W[yes] - W[no] of its own tokenizer's tokens."""
+    yes, no = (answer_id(folder, answer, config.vocab_size) for answer in ("yes", "no"))
+    table = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+    return [*_body(config), Rule(table, "head", row_difference(config.vocab_size, yes, no))]
+
+
+def classifier_rules(config: Qwen3Config, folder: Path) -> list[Rule]:
+    """The whole table of a sequence classifier, whose head is its own."""
+    return [*_body(config), Rule("score.weight", "head", ROW)]
+
+
+def _body(config: Qwen3Config) -> list[Rule]:
+    """All but the head; the last layer has a place of its own in the model."""
+    places = [f"layers/{i}/" for i in range(config.layers - 1)] + ["last/"]
+    layers = (rule.under(f"model.layers.{i}.", place) for i, place in enumerate(places) for rule in LAYER)
+    return [Rule("model.embed_tokens.weight", "word"), Rule("model.norm.weight", "norm/scale"), *layers]
+
+
+def answer_id(folder: Path, answer: str, vocab_size: int) -> int:
+    """The id of an answer, which must be one token; the model's scores would mean nothing otherwise."""
+    ids = load_tokenizer(folder)[0].encode(answer, add_special_tokens=False).ids
+    if len(ids) != 1 or ids[0] >= vocab_size:
+        raise CheckpointError(
+            f"{folder}: its tokenizer writes {answer!r} as the tokens {ids}; a yes/no reranker needs one token of its "
+            f"{vocab_size}. Use the tokenizer that was published with the model"
+        )
+    return ids[0]

@@ -1,0 +1,249 @@
+"""Qwen3 decoder with one float32 vector as its head: Qwen3-Reranker 0.6B, 4B and 8B.
+
+Qwen Team 2025, "Qwen3 Technical Report" and "Qwen3 Embedding: Advancing Text Embedding and Reranking Through Foundation
+Models". The computation is that of transformers' Qwen3ForCausalLM read at the last token, as the publisher's script
+reads it: softmax over the logits of "no" and "yes" is the sigmoid of their difference, so the whole vocabulary's
+product shrinks to one with W[yes] - W[no]. Qwen3ForSequenceClassification with one label is the same with its own
+vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from jaxrank.errors import UnsupportedError
+from jaxrank.kernels import attention, operand_dtype
+from jaxrank.models.layers import einsum, in_runs, refuse, run_layers, save_memory, table_rows, weight
+from jaxrank.types import ArrayLike, Config, Layout, Packed
+
+KV_GROUP = 4
+"""Key/value heads that are computed together, with their query heads, in a long row."""
+
+PUBLISHED_LENGTH = 8192
+"""The publisher's own longest prompt, in tokens. The models' position limit is far above."""
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    max_length: int
+    theta: float
+    eps: float
+    tied: bool
+
+    @property
+    def default_length(self) -> int:
+        return min(PUBLISHED_LENGTH, self.max_length)
+
+    @classmethod
+    def read(cls, config: Config) -> Qwen3Config:
+        """From config.json, with the rotary settings where old (rope_theta) or new (rope_parameters) files keep them.
+
+        A field whose value would change the result and is not implemented is refused by name.
+        """
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads", heads)
+        rotary = config.get("rope_parameters") or {
+            "rope_theta": config["rope_theta"],
+            **(config.get("rope_scaling") or {}),
+        }
+        is_classifier = config["architectures"] == ["Qwen3ForSequenceClassification"]
+        labels = config.get("num_labels", len(config.get("id2label") or "1")) if is_classifier else 1
+        windows = set(config.get("layer_types") or ()) - {"full_attention"}
+        refuse(
+            {
+                "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+                "attention_bias": (config.get("attention_bias", False), False),
+                "use_sliding_window": (config.get("use_sliding_window", False), False),
+                "layer_types": (", ".join(sorted(windows)) or "full_attention", "full_attention"),
+                "rope_type": (rotary.get("rope_type", rotary.get("type", "default")), "default"),
+                "partial_rotary_factor": (rotary.get("partial_rotary_factor", 1), 1),
+                "quantization_config": (config.get("quantization_config"), None),
+                "num_labels": (labels, 1),
+            }
+        )
+        if heads % kv_heads:
+            raise UnsupportedError(
+                f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
+        return cls(
+            vocab_size=config["vocab_size"],
+            width=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=config.get("head_dim") or config["hidden_size"] // heads,
+            ffn=config["intermediate_size"],
+            max_length=config["max_position_embeddings"],
+            theta=float(rotary["rope_theta"]),
+            eps=config.get("rms_norm_eps", 1e-6),
+            tied=config.get("tie_word_embeddings", False),
+        )
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine of position times frequency, what every layer turns its queries and keys by."""
+
+    cos: Float32[Array, "T half"]
+    sin: Float32[Array, "T half"]
+
+
+def rotary(positions: Int32[ArrayLike, " T"], head_size: int, theta: float) -> Rotary:
+    """Rotary tables (Su et al. 2021, "RoFormer"), frequencies theta^(-2i/H)."""
+    frequencies = (theta ** (-np.arange(0, head_size, 2) / head_size)).astype(np.float32)
+    angles = jnp.asarray(positions)[:, None].astype(jnp.float32) * frequencies
+    return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def turn(x: Float32[Array, "R N H"], by: Rotary) -> Float32[Array, "R N H"]:
+    """Dimensions i and i + H/2 of every head, turned by the angle i of the row's position."""
+    cos, sin = by.cos[:, None], by.sin[:, None]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class RMSNorm(nnx.Module):
+    """x over its root mean square, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float32[Array, "... D"]) -> Float32[Array, "... D"]:
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with queries and keys normalised per head before they are turned."""
+
+    def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
+        wide, size = config.width, config.head_size
+        self.norm = RMSNorm(wide, config.eps)
+        self.query = weight(rngs, (wide, config.heads, size), dtype)
+        self.key = weight(rngs, (wide, config.kv_heads, size), dtype)
+        self.value = weight(rngs, (wide, config.kv_heads, size), dtype)
+        self.query_norm = RMSNorm(size, config.eps)
+        self.key_norm = RMSNorm(size, config.eps)
+        self.out = weight(rngs, (config.heads, size, wide), dtype)
+        self.scale = size**-0.5
+        self.implementation = implementation
+
+    def __call__(
+        self,
+        x: Float32[Array, "R D"],
+        row: Float32[Array, "T D"],
+        layout: Layout,
+        query_rotary: Rotary,
+        key_rotary: Rotary,
+    ) -> Float32[Array, "R D"]:
+        """x plus what its rows draw from `row`, in a long row a few heads at a time."""
+        kv_heads = self.key.shape[1]
+        grouped = self.query.shape[1] // kv_heads
+        group = KV_GROUP if save_memory(len(row)) and kv_heads % KV_GROUP == 0 else kv_heads
+        dtype = self.out.dtype
+        asking = x
+
+        def project(kernel: Array, y: Array, norm: RMSNorm | None, by: Rotary | None) -> Float[Array, "R heads H"]:
+            empty = jnp.zeros((len(y), *kernel.shape[1:]), operand_dtype(dtype))
+
+            def some(_: Array, y: Array, *angles: Array) -> Array:
+                z = einsum("TD,DNH->TNH", self.norm(y).astype(dtype), kernel)
+                if norm is not None:
+                    z = turn(norm(z), Rotary(*angles))
+                return z.astype(empty.dtype)
+
+            return in_runs(some, empty, y, *(by or ()), used=layout.used)
+
+        def add_heads(i: Array | int, x: Array) -> Array:
+            def part(kernel: nnx.Param, axis: int, count: int) -> Array:
+                return jax.lax.dynamic_slice_in_dim(kernel[...], i * count, count, axis)
+
+            q = project(part(self.query, 1, group * grouped), asking, self.query_norm, query_rotary)
+            k = project(part(self.key, 1, group), row, self.key_norm, key_rotary)
+            v = project(part(self.value, 1, group), row, None, None)
+            drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
+            out = part(self.out, 0, group * grouped)
+            return in_runs(lambda x, y: x + einsum("TNH,NHD->TD", y.astype(dtype), out), x, drawn, used=layout.used)
+
+        return add_heads(0, x) if group == kv_heads else jax.lax.fori_loop(0, kv_heads // group, add_heads, x)
+
+
+class FeedForward(nnx.Module):
+    """Gated SiLU (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+    def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        self.norm = RMSNorm(config.width, config.eps)
+        self.gate = weight(rngs, (config.width, config.ffn), dtype)
+        self.up = weight(rngs, (config.width, config.ffn), dtype)
+        self.down = weight(rngs, (config.ffn, config.width), dtype)
+
+    def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
+        y = self.norm(x).astype(self.gate.dtype)
+        inner = jax.nn.silu(einsum("TD,DF->TF", y, self.gate[...])) * einsum("TD,DF->TF", y, self.up[...])
+        return x + einsum("TF,FD->TD", inner.astype(self.down.dtype), self.down[...])
+
+
+class Layer(nnx.Module):
+    """Pre-norm transformer layer: what attention and feed-forward draw from the normalised residual is added to it."""
+
+    def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
+        self.attention = Attention(config, dtype, rngs, implementation)
+        self.feed_forward = FeedForward(config, dtype, rngs)
+
+    def __call__(
+        self, x: Float32[Array, "T D"], layout: Layout, rotary: Rotary, rows: ArrayLike | None = None
+    ) -> Float32[Array, "R D"]:
+        """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
+        mine, mine_rotary = (x, rotary) if rows is None else (x[rows], Rotary(rotary.cos[rows], rotary.sin[rows]))
+        return in_runs(self.feed_forward, self.attention(mine, x, layout, mine_rotary, rotary), used=layout.used)
+
+
+class Qwen3(nnx.Module):
+    """A packed row in, one float32 logit a slot out: logit("yes") - logit("no") at the slot's token.
+
+    Matrices and what is multiplied with them are in `dtype`; the residual stream, norms, rotary tables, the head and
+    everything summed are float32: near a logit of 18, bfloat16 has steps of 0.07, which tie or swap documents.
+    `implementation` is that of kernels.attention.
+    """
+
+    causal = True
+
+    def __init__(
+        self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None = None
+    ):
+        self.config = config
+        self.word = weight(rngs, (config.vocab_size, config.width), dtype)
+        self.layers = nnx.List([Layer(config, dtype, rngs, implementation) for _ in range(config.layers - 1)])
+        self.last = Layer(config, dtype, rngs, implementation)
+        self.norm = RMSNorm(config.width, config.eps)
+        self.head = weight(rngs, (config.width,), jnp.float32)
+
+    def _rotary(self, batch: Packed) -> Rotary:
+        return rotary(batch.positions, self.config.head_size, self.config.theta)
+
+    def embed(self, batch: Packed) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
+        """The first layer's input, and what every layer takes besides."""
+        return table_rows(self.word[...], batch.tokens), (batch.layout, self._rotary(batch))
+
+    def finish(self, x: Float32[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
+        """The last layer, at the scored rows alone, and the head."""
+        x = self.last(x, batch.score_layout, self._rotary(batch), batch.score_at)
+        return einsum("SD,D->S", self.norm(x), self.head[...])
+
+    def __call__(self, batch: Packed) -> Float32[Array, " S"]:
+        x, shared = self.embed(batch)
+        return self.finish(run_layers(self.layers, x, *shared), batch)
