@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from jaxrank import checkpoint, convert
 from jaxrank.errors import CheckpointError, RequestError
-from jaxrank.models import family_of
+from jaxrank.models import settings_of
+from jaxrank.prompts import Texts, load_prompt, unwrap
 from jaxrank.scoring import Scorer, use_compilation_cache
-from jaxrank.tokens import PairTokenizer, check_text
-from jaxrank.types import Config, Encoded, Ranked
+from jaxrank.tokens import PairTokenizer, PromptTokenizer, check_text
+from jaxrank.types import Encoded, Ranked
 
 BUILTIN = Path(__file__).parent / "builtin"
 DTYPES = ("bfloat16", "float32")
@@ -32,13 +33,24 @@ class Reranker:
     `raw=True` gives the logit. Any number of threads may encode; scoring is one call at a time.
     """
 
-    def __init__(self, model: Any, tokenizer: PairTokenizer, *, name: str, row_tokens: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PairTokenizer | PromptTokenizer,
+        *,
+        name: str,
+        row_tokens: int | None = None,
+        instruct: str | None = None,
+    ):
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
+        self.instruct = instruct
         self.max_length = tokenizer.max_length
         self.scorer = Scorer(
-            model, max_length=self.max_length, row_tokens=row_tokens or default_row_tokens(model.config.ffn)
+            model,
+            max_length=self.max_length,
+            row_tokens=row_tokens or default_row_tokens(model.config.ffn, model.causal),
         )
 
     @classmethod
@@ -49,16 +61,22 @@ class Reranker:
         dtype: str = "bfloat16",
         max_length: int | None = None,
         row_tokens: int | None = None,
+        prompt: str | None = None,
+        chat_template: str | Path | None = None,
+        instruct: str | None = None,
         revision: str | None = None,
         compile_cache: str | Path | None = DEFAULT_CACHE,
         progress: Callable[[int, int], None] | None = None,
     ) -> Reranker:
         """Load a model by Hugging Face id or folder (published or converted); None is the small built-in model.
 
-        dtype: of matrices and activations, "bfloat16" or "float32". max_length: tokens of a pair, at most (and by
-        default) what the model can; longer pairs are truncated. row_tokens: tokens scored together. compile_cache:
-        where compiled programs are kept for the next start, None for nowhere. progress: called with bytes done and
-        bytes in all. Raises ModelError if the model cannot be loaded, RequestError if an argument is off.
+        dtype: of matrices and activations, "bfloat16" or "float32". max_length: tokens of a pair, at most what the
+        model can, by default what its publisher uses; longer pairs are truncated. row_tokens: tokens scored together.
+        prompt, chat_template, instruct: for models that read a prompt, which built-in one ("official", "sglang",
+        "vllm" or "none"), or a Jinja file instead of it (see prompts.load_prompt), and the instruction of requests
+        that have none. compile_cache: where compiled programs are kept for the next start, None for nowhere.
+        progress: called with bytes done and bytes in all. Raises ModelError if the model cannot be loaded,
+        RequestError if an argument is off.
         """
         if dtype not in DTYPES:
             raise RequestError(f"dtype {dtype!r} is unknown; one of {', '.join(DTYPES)}")
@@ -67,13 +85,25 @@ class Reranker:
         name = "jaxrank/builtin" if name_or_folder is None else str(name_or_folder)
         try:
             folder = BUILTIN if name_or_folder is None else convert.find(name_or_folder, revision)
-            limit, vocabulary = limits(convert.read_config(folder))
+            family, settings = settings_of(convert.read_config(folder))
+            limit = settings.max_length
             if max_length is not None and not 8 <= max_length <= limit:
                 raise RequestError(f"max_length is {max_length}; this model takes 8 to {limit} tokens")
-            tokenizer = PairTokenizer(folder, max_length or limit)
-            if (size := tokenizer.tokenizer.get_vocab_size()) > vocabulary:
+            length = max_length or settings.default_length
+            if family.prompted:
+                if prompt is not None and chat_template is not None:
+                    raise RequestError("prompt and chat_template both say how to write the prompt; give one of them")
+                tokenizer = PromptTokenizer(folder, length, load_prompt(prompt or "official", chat_template))
+                if instruct is not None:
+                    check_instruct(tokenizer, instruct)
+            else:
+                given = {"prompt": prompt, "chat_template": chat_template, "instruct": instruct}
+                if names := [name for name, value in given.items() if value is not None]:
+                    raise RequestError(f"{name} reads query and document without a prompt; leave out {names[0]}")
+                tokenizer = PairTokenizer(folder, length)
+            if (size := tokenizer.tokenizer.get_vocab_size()) > settings.vocab_size:
                 raise CheckpointError(
-                    f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {vocabulary}; "
+                    f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {settings.vocab_size}; "
                     "use the tokenizer and the weights of one model"
                 )
             if checkpoint.is_converted(folder):
@@ -82,7 +112,7 @@ class Reranker:
                 model = convert.load(folder, dtype=dtype, progress=progress)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from error
-        return cls(model, tokenizer, name=name, row_tokens=row_tokens)
+        return cls(model, tokenizer, name=name, row_tokens=row_tokens, instruct=instruct)
 
     @property
     def row_tokens(self) -> int:
@@ -91,8 +121,13 @@ class Reranker:
 
     @property
     def scores_are_logits(self) -> bool:
-        """Whether SGLang's dialect answers this model's raw logit (cross-encoders) or its probability."""
-        return True
+        """Whether SGLang's dialect answers this model's raw logit (cross-encoders) or its probability of yes."""
+        return not self.takes_instruct
+
+    @property
+    def takes_instruct(self) -> bool:
+        """Whether requests can say what is to be judged."""
+        return isinstance(self.tokenizer, PromptTokenizer)
 
     @property
     def compilations(self) -> int:
@@ -103,13 +138,29 @@ class Reranker:
         """Compile all programs now, one line each to `progress`, instead of at first use."""
         self.scorer.warm_up(progress)
 
-    def encode(self, query: str, documents: Sequence[str], *, truncate: bool = True) -> list[Encoded]:
-        """Tokenised pairs, in the documents' order. RequestError on what is not text, TooLongError as asked."""
+    def encode(
+        self, query: str, documents: Sequence[str], *, truncate: bool = True, instruct: str | None = None
+    ) -> list[Encoded]:
+        """Tokenised pairs, in the documents' order. RequestError on what is not text, TooLongError as asked.
+
+        For models that read a prompt, documents share the tokens that they begin with, and texts that stand in the
+        publisher's frame already are taken out of it.
+        """
         if isinstance(documents, str):
             raise RequestError("documents must be a list of strings, got one string; wrap it in a list")
         if not hasattr(documents, "__getitem__"):
             raise RequestError(f"documents must be a list of strings, got {type(documents).__name__}")
-        return self.tokenizer.encode(query, documents, truncate=truncate)
+        if isinstance(self.tokenizer, PairTokenizer):
+            if instruct is not None:
+                raise RequestError(f"{self.name} reads query and document without an instruct; leave it out")
+            return self.tokenizer.encode(query, documents, truncate=truncate)
+        check_text(query, "query")
+        for i, document in enumerate(documents):
+            check_text(document, f"documents[{i}]")
+        if instruct is not None:
+            check_instruct(self.tokenizer, instruct)
+        texts = unwrap(Texts(self.instruct if instruct is None else instruct, query, documents))
+        return self.tokenizer.encode(texts.query, texts.documents, truncate=truncate, instruct=texts.instruct)
 
     def score_encoded(self, encoded: Sequence[Encoded], *, progress: bool = False) -> Float32[np.ndarray, " n"]:
         """The float32 logits of encoded pairs, in their order. A bar is shown for long jobs if asked for."""
@@ -123,72 +174,86 @@ class Reranker:
         return logits
 
     def score(
-        self, query: str, documents: Sequence[str], *, raw: bool = False, progress: bool = True
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruct: str | None = None,
+        raw: bool = False,
+        progress: bool = True,
     ) -> Float32[np.ndarray, " n"]:
-        """A score for each document, in their order: probabilities, or logits if `raw`."""
-        logits = self.score_encoded(self.encode(query, documents), progress=progress)
+        """A score for each document, in their order: probabilities, or logits if `raw`.
+
+        instruct: what is to be judged, for models that read a prompt; None is the model's default.
+        """
+        logits = self.score_encoded(self.encode(query, documents, instruct=instruct), progress=progress)
         return logits if raw else sigmoid(logits)
 
     def rank(
-        self, query: str, documents: Sequence[str], *, top_n: int | None = None, progress: bool = True
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruct: str | None = None,
+        top_n: int | None = None,
+        progress: bool = True,
     ) -> list[Ranked]:
         """The documents by falling score (ties by index), at most `top_n` of them."""
         if top_n is not None and top_n < 1:
             raise RequestError(f"top_n is {top_n}; it must be at least 1")
-        logits = self.score(query, documents, raw=True, progress=progress)
+        logits = self.score(query, documents, instruct=instruct, raw=True, progress=progress)
         order = np.argsort(-logits, kind="stable")[:top_n]
         scores = sigmoid(logits)
         return [Ranked(int(i), float(scores[i]), documents[int(i)]) for i in order]
 
     def predict(
-        self, pairs: Sequence[tuple[str, str]], *, raw: bool = False, progress: bool = True
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        instruct: str | None = None,
+        raw: bool = False,
+        progress: bool = True,
     ) -> Float32[np.ndarray, " n"]:
         """A score for each (query, document) pair, in their order, as sentence-transformers' CrossEncoder.predict."""
-        logits = self.score_encoded(self.encode_pairs(pairs), progress=progress)
+        logits = self.score_encoded(self.encode_pairs(pairs, instruct=instruct), progress=progress)
         return logits if raw else sigmoid(logits)
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """Tokenised (query, document) pairs, in order; a query that stands several times in a row is tokenised once."""
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, instruct: str | None = None) -> list[Encoded]:
+        """Tokenised (query, document) pairs, in order; those with the same query are encoded as one request."""
+        documents: dict[str, list[int]] = {}
         for i, pair in enumerate(pairs):
             if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
                 raise RequestError(
                     f"pairs[{i}] must be a (query, document) pair, got {pair!r:.80}; give a list of pairs, "
                     "also for a single one"
                 )
-            check_text(pair[0], f"pairs[{i}][0]")
             check_text(pair[1], f"pairs[{i}][1]")
-        encoded: list[Encoded] = []
-        start = 0
-        while start < len(pairs):
-            query = pairs[start][0]
-            end = start
-            while end < len(pairs) and pairs[end][0] == query:
-                end += 1
-            encoded += self.encode(query, [document for _, document in pairs[start:end]])
-            start = end
-        return encoded
+            documents.setdefault(check_text(pair[0], f"pairs[{i}][0]"), []).append(i)
+        encoded: dict[int, Encoded] = {}
+        for query, places in documents.items():
+            of_query = self.encode(query, [pairs[i][1] for i in places], instruct=instruct)
+            encoded.update(zip(places, of_query, strict=True))
+        return [encoded[i] for i in range(len(pairs))]
 
 
-def limits(config: Config) -> tuple[int, int]:
-    """The longest pair and the number of tokens that a config.json allows. Raises ModelError."""
-    try:
-        settings = family_of(config).config.read(config)
-        return settings.max_length, settings.vocab_size
-    except KeyError as error:
-        raise CheckpointError(f"config.json lacks {error}; fetch it again") from error
-    except (TypeError, ArithmeticError) as error:
-        reason = checkpoint.first_line(error)
-        raise CheckpointError(f"config.json has a field of a wrong type or size ({reason}); fetch it again") from error
+def check_instruct(tokenizer: PromptTokenizer, instruct: str) -> None:
+    """RequestError unless it is text, and the prompt has a place for it."""
+    check_text(instruct, "instruct")
+    if not tokenizer.prompt.takes_instruct:
+        raise RequestError("instruct is given, and the prompt has no place for it; leave it out, or use another prompt")
 
 
-def default_row_tokens(ffn: int) -> int:
+def default_row_tokens(ffn: int, causal: bool) -> int:
     """16,384 on accelerators, where large products pay; on CPU 1,024, or less with feed-forward layers of over 3,072.
 
     On CPU longer rows are hardly faster, and a layer's scratch memory, 8 bytes a token and feed-forward unit at its
     peak, must stay under 32 MB: larger pieces come from glibc as new pages at every call, at 5 to 20 % of the time.
+    Causal models take 2,048 all the same, since every row of a request repeats the prefix.
     """
     if jax.default_backend() != "cpu":
         return 16384
+    if causal:
+        return 2048
     return max(t for t in CPU_ROWS if t == CPU_ROWS[0] or t * ffn * 8 < 28 << 20)
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     ["types", "errors", "version"],
-    ["kernels"],
+    ["kernels", "prompts"],
     ["models", "tokens"],
     ["packing"],
     ["scoring", "checkpoint"],

@@ -1,0 +1,187 @@
+"""Prompts: a chat template becomes text with gaps for instruct, query and document, once, when a model is loaded.
+
+A template is rendered with marks in place of the texts, and never again: at request time texts are put into the gaps as
+token ids, so that nothing in them can be taken for the template's own markup, and no template runs on what users send.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jaxrank.errors import RequestError
+
+TEMPLATES = Path(__file__).parent / "templates" / "qwen3"
+PROMPTS = ("official", "sglang", "vllm", "none")
+"""Built-in prompts: the publisher's; SGLang's, without the think block at the end; vLLM's, a newline short of the
+publisher's; and the bare query and document side by side."""
+
+STEPS = 20_000
+"""Lines of a template that may be run; one that loops for longer is refused."""
+
+MOST_CHARACTERS = 100_000
+
+
+class Slot(Enum):
+    """A gap that a request fills."""
+
+    INSTRUCT = "instruct"
+    QUERY = "query"
+    DOCUMENT = "document"
+
+
+Piece = str | Slot
+"""A part of a prompt: the template's own text, markup included, or a gap."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands around and between the texts: for requests without an instruct, and for those with one."""
+
+    plain: tuple[Piece, ...]
+    instructed: tuple[Piece, ...]
+
+    @property
+    def takes_instruct(self) -> bool:
+        return Slot.INSTRUCT in self.instructed
+
+
+def load_prompt(name: str = "official", template: str | Path | None = None) -> Prompt:
+    """One of PROMPTS, or what a user's template file renders. Raises RequestError, which names the template's line.
+
+    Templates of three conventions are understood: SGLang's text (`messages[0].content`, `messages[1].content`,
+    `instruct`), SGLang's multimodal (`query` and `document` as lists of parts with `type` and `text`, `instruct`), and
+    vLLM's (messages with the roles `system`, which is the instruct, `query` and `document`). Like transformers, the
+    sandbox strips blocks' newlines and one newline at the end. A template must put query and document in as they are:
+    one that changes them is refused, since it would not be run for every text.
+    """
+    if template is None and name not in PROMPTS:
+        raise RequestError(f"prompt {name!r} is unknown; one of {', '.join(PROMPTS)}")
+    path = Path(template) if template is not None else TEMPLATES / f"{name}.jinja"
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RequestError(f"chat template {path}: cannot be read ({reason}); name a Jinja file") from error
+    return Prompt(_pieces(path, source, with_instruct=False), _pieces(path, source, with_instruct=True))
+
+
+def _pieces(path: Path, source: str, *, with_instruct: bool) -> tuple[Piece, ...]:
+    """The rendered template, cut at the marks that stand for the texts, and checked against a rendering of texts."""
+    slots = [slot for slot in Slot if with_instruct or slot is not Slot.INSTRUCT]
+    marks = {slot: f"\ufdd0{slot.value}\ufdd1" for slot in slots}  # noncharacters: no text has them
+    samples = {slot: f"  A <b>{slot.value}</b> & 'more'\n\"{{{{ 7 }}}}\"\n " for slot in slots}
+    cut = re.split("(" + "|".join(marks.values()) + ")", render(path, source, marks))
+    names = {mark: slot for slot, mark in marks.items()}
+    pieces = tuple(names.get(part, part) for part in cut if part)
+    shown = render(path, source, samples)
+    if "".join(samples[p] if isinstance(p, Slot) else p for p in pieces) != shown:
+        raise RequestError(
+            f"chat template {path}: it changes the texts that it is given, or what stands around them by what they "
+            "are; write the variables alone, without filters or conditions on them"
+        )
+    for slot in (Slot.QUERY, Slot.DOCUMENT):
+        if pieces.count(slot) != 1:
+            raise RequestError(
+                f"chat template {path}: the {slot.value} is in what it renders {pieces.count(slot)} times; it must be "
+                "once. Known are messages[0].content and messages[1].content, the roles query and document, and query "
+                "and document as lists of parts"
+            )
+    return pieces
+
+
+def render(path: Path, source: str, texts: dict[Slot, str]) -> str:
+    """The template's text with these texts put in. Raises RequestError with the line at fault."""
+    query, document, instruct = (texts.get(slot) for slot in (Slot.QUERY, Slot.DOCUMENT, Slot.INSTRUCT))
+    system = [] if instruct is None else [{"role": "system", "content": instruct}]
+    values: dict[str, Any] = {
+        "messages": [{"role": "query", "content": query}, {"role": "document", "content": document}, *system],
+        "query": [{"type": "text", "text": query}],
+        "document": [{"type": "text", "text": document}],
+        "add_generation_prompt": True,
+    }
+    if instruct is not None:  # undefined otherwise, so that default() does its work
+        values["instruct"] = values["instruction"] = instruct
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    sandbox.globals["raise_exception"] = refuse
+    try:
+        text = _bounded(lambda: sandbox.from_string(source).render(values))
+    except Exception as error:  # a template can fail in any way that Python can
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<template>"]
+        line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else (lines or [None])[-1]
+        where = f", line {line}" if line else ""
+        raise RequestError(f"chat template {path}{where}: {type(error).__name__}: {str(error)[:300]}") from error
+    if len(text) > MOST_CHARACTERS:
+        raise RequestError(f"chat template {path}: it renders {len(text)} characters; a prompt has a few hundred")
+    return text
+
+
+class TooManySteps(Exception):
+    """A template that loops."""
+
+
+def _bounded(work: Callable[[], str]) -> str:
+    """work(), ended with TooManySteps after STEPS lines of Python: the sandbox bounds what is reached, not for how
+    long."""
+    left = STEPS
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename == "<template>":
+            left -= event == "line"
+            if left < 0:
+                raise TooManySteps(f"it loops: more than {STEPS} lines of it were run")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        return work()
+    finally:
+        sys.settrace(before)
+
+
+class Texts(NamedTuple):
+    """What a request asks to be scored."""
+
+    instruct: str | None
+    query: str
+    documents: Sequence[str]
+
+
+FRAMED_QUERY = re.compile(
+    r"<\|im_start\|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    r'provided\. Note that the answer can only be "yes" or "no"\.<\|im_end\|>\n<\|im_start\|>user\n'
+    r"<Instruct>: (?P<instruct>.*?)\n{1,2}<Query>: (?P<query>.*?)\n{0,2}",
+    re.DOTALL,
+)
+FRAMED_DOCUMENT = re.compile(
+    r"<Document>: (?P<document>.*?)<\|im_end\|>\n<\|im_start\|>assistant\n(<think>\n\n</think>\n{0,2})?", re.DOTALL
+)
+
+
+def unwrap(texts: Texts) -> Texts:
+    """The texts inside a request that a client has put into the publisher's frame itself; others as they are.
+
+    vLLM's examples do so (the query with everything before the document, the documents with everything after); the
+    frame would be tokenised as text, and stand there twice.
+    """
+    query = FRAMED_QUERY.fullmatch(texts.query)
+    documents = [FRAMED_DOCUMENT.fullmatch(document) for document in texts.documents] if query else []
+    if not query or not documents or not all(documents):
+        return texts
+    return Texts(query["instruct"], query["query"], [match["document"] for match in documents if match])
