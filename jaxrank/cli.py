@@ -61,6 +61,10 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-model-len", "--context-length", type=int, metavar="TOKENS", dest="max_length",
                          help="longest pair of query and document; default: what the model can")  # fmt: skip
     command.add_argument("--row-tokens", type=int, metavar="TOKENS", help="tokens scored together in one packed row")
+    command.add_argument("--prompt", choices=["official", "sglang", "vllm", "none"],
+                         help="how models that read a prompt are asked; default: the publisher's way")  # fmt: skip
+    command.add_argument("--chat-template", metavar="FILE", help="a Jinja file of one's own instead of --prompt")
+    command.add_argument("--instruct", metavar="TEXT", help="what is to be judged, where a request does not say it")
     command.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     command.add_argument("--compile-cache", metavar="FOLDER",
                          help='where compiled programs are kept for the next start; "none" for nowhere')  # fmt: skip
@@ -121,9 +125,28 @@ def load(arguments: argparse.Namespace, model: str | None) -> Any:
         dtype="bfloat16" if arguments.dtype == "auto" else arguments.dtype,
         max_length=arguments.max_length,
         row_tokens=arguments.row_tokens,
+        prompt=arguments.prompt,
+        chat_template=chat_template(arguments),
+        instruct=arguments.instruct,
         revision=arguments.revision,
         compile_cache=cache,
     )
+
+
+PUBLISHED_TEMPLATES = ("qwen3_reranker.jinja",)
+"""Files of SGLang's examples whose prompt is built in."""
+
+
+def chat_template(arguments: argparse.Namespace) -> str | None:
+    """The file of --chat-template; None for one of SGLang's launch lines that is not there, since it is not needed."""
+    file = arguments.chat_template
+    if file is None or Path(file).exists() or Path(file).name not in PUBLISHED_TEMPLATES:
+        return file
+    print(
+        f"jaxrank: there is no {file}; it is not needed, since the publisher's own prompt is built in and used",
+        file=sys.stderr,
+    )
+    return None
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -134,12 +157,17 @@ def serve(arguments: argparse.Namespace) -> int:
         raise RequestError(f"{len(models)} models named, {' and '.join(models)}; name one")
     if not all(arguments.api_key):
         raise RequestError("--api-key is empty; give a key of at least one character, or leave the flag out")
-    for flag in IGNORED_FLAGS:
-        if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False):
-            print(f"jaxrank: {flag} is accepted for SGLang's launch lines and means nothing here", file=sys.stderr)
     from jaxrank import server
 
     reranker = load(arguments, models[0] if models else None)
+    if arguments.is_embedding and reranker.takes_instruct:
+        raise RequestError(
+            f"--is-embedding is for cross-encoders such as BGE; {reranker.name} answers yes or no to a prompt. Launch "
+            "it without --is-embedding"
+        )
+    for flag in IGNORED_FLAGS:
+        if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False):
+            print(f"jaxrank: {flag} is accepted for SGLang's launch lines and means nothing here", file=sys.stderr)
     return server.serve(
         reranker,
         host=arguments.host,

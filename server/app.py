@@ -49,9 +49,13 @@ class Scorer(Protocol):
     @property
     def scores_are_logits(self) -> bool: ...
     @property
+    def takes_instruct(self) -> bool: ...
+    @property
     def compilations(self) -> int: ...
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None: ...
-    def encode(self, query: str, documents: Sequence[str], *, truncate: bool = True) -> list[Encoded]: ...
+    def encode(
+        self, query: str, documents: Sequence[str], *, truncate: bool = True, instruct: str | None = None
+    ) -> list[Encoded]: ...
     def score_encoded(self, encoded: Sequence[Encoded]) -> np.ndarray: ...
 
 
@@ -196,8 +200,10 @@ class Service:
     def _encode(self, body: bytes) -> tuple[schema.Rerank, list[Encoded]]:
         """Parse and tokenise. Thread-safe. Raises BadRequest or TooLarge."""
         parsed = schema.parse(body, self.settings.max_documents)
+        instruct = parsed.instruct if self.reranker.takes_instruct else None
         try:
-            return parsed, self.reranker.encode(parsed.query, parsed.documents, truncate=parsed.truncate)
+            encoded = self.reranker.encode(parsed.query, parsed.documents, truncate=parsed.truncate, instruct=instruct)
+            return parsed, encoded
         except TooLongError as error:
             # Clients look for this phrase, whatever the model says besides.
             phrase, message = f"This model's maximum context length is {self.reranker.max_length} tokens.", str(error)

@@ -35,25 +35,27 @@ Score = Callable[[Sequence[Encoded]], Logits]
 class Job:
     """One request in the queue.
 
-    waiting: indices of the pairs that no batch has taken yet, shortest first, lengths in step. logits: float32, one a
+    waiting: indices of the pairs that no batch has taken yet, shortest first, lengths in step: of their own tokens,
+    since a batch computes the prefix that they share but once. logits: float32, one a
     pair, filled batch by batch. unscored: how many are still missing. deadline: see the module.
     """
 
-    __slots__ = ("deadline", "dropped", "encoded", "future", "lengths", "logits", "unscored", "waiting")
+    __slots__ = ("deadline", "dropped", "encoded", "future", "lengths", "logits", "prefix", "unscored", "waiting")
 
     def __init__(self, encoded: Sequence[Encoded], clock: int, future: asyncio.Future[Logits]) -> None:
         self.encoded = encoded
-        sizes = [len(pair) for pair in encoded]
+        sizes = [len(pair.tokens) for pair in encoded]
+        self.prefix = len(encoded[0].prefix)
         self.waiting = sorted(range(len(sizes)), key=sizes.__getitem__)
         self.lengths = sorted(sizes)
         self.logits = np.full(len(sizes), np.nan, np.float32)
         self.unscored = len(sizes)
-        self.deadline = clock + sum(sizes)
+        self.deadline = clock + self.prefix + sum(sizes)
         self.future = future
         self.dropped = False
 
     def take(self, room: int) -> tuple[int, int] | None:
-        """The longest waiting pair of at most `room` tokens, as (index, length); None if there is none."""
+        """The longest waiting pair of at most `room` own tokens, as (index, length); None if there is none."""
         at = bisect_right(self.lengths, room) - 1
         return (self.waiting.pop(at), self.lengths.pop(at)) if at >= 0 else None
 
@@ -204,10 +206,12 @@ class Scheduler:
             batch: Batch = []
             room = self._batch_tokens
             for job in self._jobs:
+                prefix = job.prefix
                 # Only the first pair of a batch may be longer than the batch: it goes alone.
-                while taken := job.take(room if batch else max(room, job.lengths[-1])):
+                while taken := job.take(room - prefix if batch else max(room - prefix, job.lengths[-1])):
                     batch.append((job, taken[0]))
-                    room -= taken[1]
+                    room -= prefix + taken[1]
+                    prefix = 0
                 if room <= 0:
                     break
             self._jobs = [job for job in self._jobs if job.waiting]
@@ -228,7 +232,7 @@ class Scheduler:
             logits = np.full(len(pairs), np.nan, np.float32)
             error = ScoringFailed("The model failed on this batch.")
             error.__cause__ = cause
-        tokens = sum(map(len, pairs))
+        tokens = sum(len(pair.tokens) for pair in pairs)
         rate = tokens / max(time.perf_counter() - started, 1e-6)
         answers: list[tuple[Job, Logits | ScoringFailed]] = []
         with self._change:

@@ -50,7 +50,9 @@ class RerankRequest(BaseModel):
         None, description="Whether a pair that is too long is cut (its document first); false: answer 400. Null: true."
     )
     truncation: bool | None = Field(None, description="Another name of truncate.")
-    instruct: str | None = Field(None, description="Ignored: this model takes no instruction.")
+    instruct: str | None = Field(
+        None, description="What is to be judged; for models that read a prompt, others ignore it. Null: the default."
+    )
     instruction: str | None = Field(None, description="Another name of instruct.")
     model: Any = Field(None, description="Ignored: the server has one model.")
 
@@ -73,13 +75,14 @@ class RerankResult(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Rerank:
-    """A request that is in order. top_n: None for all."""
+    """A request that is in order. top_n: None for all. instruct: None for the server's default."""
 
     query: str
     documents: list[str]
     top_n: int | None
     return_documents: bool
     truncate: bool
+    instruct: str | None
 
 
 def parse(body: bytes, max_documents: int) -> Rerank:
@@ -114,6 +117,7 @@ def parse(body: bytes, max_documents: int) -> Rerank:
         top_n=request.top_n,
         return_documents=request.return_documents is not False,
         truncate=request.truncate is not False and request.truncation is not False,
+        instruct=request.instruct or request.instruction or None,
     )
 
 

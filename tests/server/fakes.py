@@ -39,6 +39,8 @@ class FakeReranker:
         self.max_length = 500
         self.row_tokens = row_tokens
         self.scores_are_logits = logits
+        self.takes_instruct = not logits
+        self.instructs: list[str | None] = []
         self.compilations = 0
         self.delay_s = delay_s
         self.batches: list[list[int]] = []
@@ -50,7 +52,10 @@ class FakeReranker:
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         self._warm_up(progress or (lambda text: None))
 
-    def encode(self, query: str, documents: Sequence[str], *, truncate: bool = True) -> list[Encoded]:
+    def encode(
+        self, query: str, documents: Sequence[str], *, truncate: bool = True, instruct: str | None = None
+    ) -> list[Encoded]:
+        self.instructs.append(instruct)
         if "refuse" in query:
             raise RequestError("the query says so; ask for something else")
         if "crash" in query:
