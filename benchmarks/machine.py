@@ -40,10 +40,15 @@ def facts() -> dict[str, Any]:
     }
 
 
-def finish(result: dict[str, Any], output: Path | None) -> None:
-    """The result with the machine's facts as the last line of output, and in a file if one is named."""
+def save(result: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """The result with the machine's facts, and in a file if one is named: so far, if the run is not over."""
     result = {**result, **facts()}
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    return result
+
+
+def finish(result: dict[str, Any], output: Path | None) -> None:
+    """As save, and the result as the last line of output."""
+    print(json.dumps(save(result, output)))

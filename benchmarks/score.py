@@ -6,14 +6,14 @@ Pairs are English XQuAD questions with their paragraphs; checkpoints have a true
 built-in model's tokenizer. Both sides take texts and give scores, tokenising included, and take turns; the figure is
 the median of the turns. CrossEncoder runs at its best setting: pairs sorted by length (it does that itself), batches
 of 32. Where our time goes is measured apart: bare products of the same sizes, attention alone on the same rows,
-tokenising alone; what remains is element-wise work, embedding and dispatch. Ends in one JSON line.
+tokenising alone; what remains is element-wise work, embedding and dispatch. Shapes of Qwen3-Reranker are compared as
+benchmarks/prompted.py says. Ends in one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -24,38 +24,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import prompted
 import torch
-from machine import finish
+from checkpoints import BGE_SHAPES, QWEN3_SHAPES, bge_checkpoint, qwen3_checkpoint
+from machine import finish, save
 from sentence_transformers import CrossEncoder
-from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 from jaxrank import Reranker
 from jaxrank.kernels import attention, operand_dtype
-from jaxrank.packing import bucket_of, pack, plan
-from jaxrank.reranker import BUILTIN
+from jaxrank.packing import bucket_of, pack, plan, row_size
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-}
-SHAPES["v2-m3"] = {**SHAPES["large"], "max_position_embeddings": 8194}
 Pairs = list[tuple[str, str]]
-
-
-def checkpoint(folder: Path, shape: str) -> None:
-    """A random checkpoint of a bge-reranker's shape, with the built-in model's tokenizer."""
-    torch.manual_seed(0)
-    config = XLMRobertaConfig(
-        vocab_size=250002 if shape != "tiny" else 20000,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        id2label={0: "LABEL_0"},  # one label
-        **{"max_position_embeddings": 514, **SHAPES[shape]},
-    )
-    XLMRobertaForSequenceClassification(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUILTIN / name, folder / name)
 
 
 def xquad_pairs(folder: Path, count: int) -> Pairs:
@@ -83,14 +62,13 @@ def seconds(work: Callable[[], Any], turns: int = 5) -> float:
 
 def breakdown(reranker: Reranker, pairs: Pairs, shape: str, dtype: str, whole: float) -> dict[str, float]:
     """Shares of `whole` seconds, each part measured alone on rows like those that were scored."""
-    config = SHAPES[shape]
+    config = BGE_SHAPES[shape]
     wide, heads, ffn, layers = (
         config[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
     )
     encoded = reranker.encode_pairs(pairs)
-    lengths = [len(e) for e in encoded]
-    rows = plan(lengths, reranker.row_tokens)
-    tokens = [bucket_of(sum(lengths[i] for i in row), len(row), reranker.scorer.buckets) for row in rows]
+    rows = plan(encoded, reranker.row_tokens)
+    tokens = [bucket_of(row_size([encoded[i] for i in row]), len(row), reranker.scorer.buckets) for row in rows]
     row = max(tokens)
     normal = np.random.default_rng(0).standard_normal
     multiply = jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
@@ -153,20 +131,29 @@ def compare(folder: Path, shape: str, dtype: str, pairs: Pairs, turns: int) -> d
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--xquad", type=Path, required=True, help="folder with XQuAD's en.json")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["base", "large"])
+    parser.add_argument("--shapes", nargs="+", choices=[*BGE_SHAPES, *QWEN3_SHAPES], default=["base", "large"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--pairs", type=int, default=120, help="pairs a turn; a third of them at the large shapes")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
+        if shape in QWEN3_SHAPES:
+            with tempfile.TemporaryDirectory() as folder:
+                qwen3_checkpoint(Path(folder), shape, prompted.all_paragraphs(arguments.xquad))
+                for dtype in arguments.dtypes:
+                    for row in prompted.compare(Path(folder), shape, dtype, arguments.xquad, arguments.turns):
+                        rows.append(row)
+                        save({"benchmark": "score", "rows": rows}, arguments.output)
+            continue
         pairs = xquad_pairs(arguments.xquad, arguments.pairs // 3 if shape in ("large", "v2-m3") else arguments.pairs)
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint(Path(folder), shape)
+            bge_checkpoint(Path(folder), shape)
             for dtype in arguments.dtypes:
                 row = compare(Path(folder), shape, dtype, pairs, arguments.turns)
                 rows.append(row)
+                save({"benchmark": "score", "rows": rows}, arguments.output)
                 print(
                     f"{shape:>6} {dtype:>9}  jaxrank {row['jaxrank_tokens_per_s']:>6} tokens/s, CrossEncoder "
                     f"{row['cross_encoder_tokens_per_s']:>6}, ratio {row['ratio']:.2f}  {row['share_of_time']}",

@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checkpoints import BGE_SHAPES, bge_checkpoint
 from machine import finish
-from score import SHAPES, checkpoint, xquad_pairs
+from score import xquad_pairs
 
 from jaxrank import Reranker
 
@@ -164,7 +165,7 @@ def row(stint: Stint, tokens: np.ndarray, logits: np.ndarray, offline: float) ->
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--xquad", type=Path, required=True, help="folder with XQuAD's en.json")
-    parser.add_argument("--shape", choices=list(SHAPES), default="base", help="of a random checkpoint")
+    parser.add_argument("--shape", choices=list(BGE_SHAPES), default="base", help="of a random checkpoint")
     parser.add_argument("--model", help="a folder or Hugging Face id instead of a shape; builtin: the built-in model")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model: str | None = None if arguments.model == "builtin" else arguments.model or f"{scratch}/model"
         if not arguments.model:
-            checkpoint(Path(f"{scratch}/model"), arguments.shape)
+            bge_checkpoint(Path(f"{scratch}/model"), arguments.shape)
         reranker = Reranker.from_pretrained(model, dtype=arguments.dtype)
         reranker.warm_up()
         shape = (len(requests), arguments.documents)

@@ -21,8 +21,8 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+from checkpoints import BGE_SHAPES, bge_checkpoint
 from machine import finish
-from score import SHAPES, checkpoint
 from serve import serving, state
 
 from jaxrank import cli
@@ -71,12 +71,12 @@ def start(folder: Path, cache: Path, weights: int, requests: dict[str, list[str]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="v2-m3", help="of a random checkpoint")
+    parser.add_argument("--shape", choices=list(BGE_SHAPES), default="v2-m3", help="of a random checkpoint")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         published, converted = Path(scratch) / "published", Path(scratch) / "converted"
-        checkpoint(published, arguments.shape)
+        bge_checkpoint(published, arguments.shape)
         weights = (published / "model.safetensors").stat().st_size // 2
         cli.main(["convert", str(published), str(converted), "--dtype", "bfloat16", "--no-progress"])
         sources: dict[str, Any] = {}
