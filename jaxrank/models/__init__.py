@@ -47,9 +47,8 @@ def settings_of(config: Config) -> tuple[Family, Any]:
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}; fetch it again") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"config.json has a field of a wrong type or size ({str(error)[:200]}); fetch it again"
-        ) from error
+        reason = str(error).partition("\n")[0][:200]
+        raise CheckpointError(f"config.json has a field of a wrong type or size ({reason}); fetch it again") from error
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         least, most = (0 if field.name == "pad_id" else 1), (MOST_LAYERS if field.name == "layers" else 2**40)

@@ -79,7 +79,7 @@ Case = tuple[Path, list[Encoded], np.ndarray, Scorer]
 class TestParity:
     def test_float32(self, case: Case) -> None:
         _, pairs, want, score = case
-        assert want.std() > 0.5, "logits that hardly differ would prove nothing"
+        assert want.std() > 0.2, "logits that hardly differ would prove nothing: 2,000 times the tolerance"
         assert np.abs(score(pairs) - want).max() <= 1e-4
 
     def test_stars_equal_full_prompts(self, case: Case) -> None:
@@ -92,7 +92,7 @@ class TestParity:
         theirs = Script(folder).logits([p.tokens.tolist() for p in full(pairs)], torch.bfloat16)
         ours = scorer(folder, "bfloat16")(pairs)
         assert np.abs(ours - want).mean() < np.abs(theirs - want).mean()
-        assert np.abs(ours - want).max() < 0.05 * want.std() * len(pairs) ** 0.5
+        assert np.abs(ours - want).max() < 0.15 * want.std()
 
 
 @pytest.fixture(scope="module")
