@@ -187,6 +187,31 @@ class TestScheduler:
         asyncio.run(main())
         assert batches == [[250], [70, 30], [60, 40], [60, 30, 10]]
 
+    def test_a_shared_prefix_counts_once_a_batch_and_request(self) -> None:
+        batches: list[list[tuple[int, int]]] = []
+
+        def score(encoded: Sequence[Encoded]) -> np.ndarray:
+            batches.append([(len(pair.prefix), len(pair.tokens)) for pair in encoded])
+            return by_length(encoded)
+
+        def star(prefix: int, *lengths: int) -> list[Encoded]:
+            shared = np.zeros(prefix, np.int32)
+            return [Encoded(np.zeros(length, np.int32), prefix=shared) for length in lengths]
+
+        async def main() -> None:
+            async with running(score) as scheduler:
+                await scheduler.submit(star(40, 20, 20, 20, 20, 20, 90))
+                await asyncio.gather(scheduler.submit(star(10, 5)), scheduler.submit(star(60, 15, 10, 5)))
+                assert scheduler.tokens == 0
+
+        asyncio.run(main())
+        assert batches[:3] == [[(40, 90)], [(40, 20)] * 3, [(40, 20)] * 2], "130 tokens, 40 + 3 * 20, 40 + 2 * 20"
+        # however the two requests fell together, no batch computes more than 100 tokens
+        rest = [pair for batch in batches[3:] for pair in batch]
+        assert sorted(rest) == [(10, 5), (60, 5), (60, 10), (60, 15)]
+        for batch in batches[3:]:
+            assert sum({prefix for prefix, _ in batch}) + sum(own for _, own in batch) <= 100
+
     def test_a_stream_of_small_requests_does_not_starve_a_large_one(self) -> None:
         served = 0
 
