@@ -172,7 +172,7 @@ class PromptTokenizer:
     def _segments(self, pieces: Sequence[Piece]) -> list[int | Segment]:
         """A prompt as ids, and runs of text with gaps between them, which are tokenised as one."""
         marks = sorted(self._special, key=len, reverse=True)
-        pattern = re.compile(f"({'|'.join(map(re.escape, marks))})" if marks else "(?!)()")
+        pattern = re.compile(f"({'|'.join(map(re.escape, marks)) or '(?!)'})")
         segments: list[int | Segment] = []
         run: list[Piece] = []
 
