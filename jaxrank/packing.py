@@ -85,11 +85,12 @@ def row_size(pairs: Sequence[Encoded]) -> int:
     return sum(len(pair.tokens) for pair in pairs) + sum(len(prefix) // NO_PREFIX.itemsize for prefix in prefixes)
 
 
-def pack(pairs: Sequence[Encoded], tokens: int, *, causal: bool = False) -> Packed:
+def pack(pairs: Sequence[Encoded], tokens: int, *, causal: bool = False, implementation: str | None = None) -> Packed:
     """One row of `tokens` tokens holding `pairs` in order, pair i scored in slot i; ValueError if they do not fit.
 
     A prefix stands once, before the first pair that has it: a star, whose pairs see it and themselves. causal: tokens
     see what stands before them in their pair, and themselves; otherwise the whole pair, which can have no prefix.
+    implementation: of the attention that the layouts are for; None is the default device's.
     """
     used, most = row_size(pairs), slots(tokens)
     if used > tokens or len(pairs) > most:
@@ -121,7 +122,8 @@ def pack(pairs: Sequence[Encoded], tokens: int, *, causal: bool = False) -> Pack
             prefixes[key] = (lay(pair.prefix, (0, 0)), end)
         score_at[slot] = lay(pair.tokens, prefixes[key]) + pair.score_at
         score_spans[slot] = spans[score_at[slot]]
-    return Packed(row, positions, score_at, make_layout(spans, tokens), make_layout(score_spans, tokens))
+    layouts = (make_layout(rows, tokens, implementation) for rows in (spans, score_spans))
+    return Packed(row, positions, score_at, *layouts)
 
 
 def bucket_of(lengths: int, count: int, ladder: Sequence[int]) -> int:

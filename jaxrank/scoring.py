@@ -77,14 +77,21 @@ def use_compilation_cache(folder: Path) -> None:
 
 def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
     """For accelerators: a bucket is one program, with a scan over the stacked layers."""
-    model.layers = stack(model.layers)  # pyright: ignore[reportAttributeAccessIssue]
-    graph, state = nnx.split(model)
-    score = jax.jit(lambda state, batch: nnx.merge(graph, state)(batch))
+    score, state = whole(model)
 
     def compile(sample: Packed) -> Program:
         return partial(score.lower(state, sample).compile(), state)
 
     return compile
+
+
+def whole(model: Any) -> tuple[Any, Any]:
+    """The jitted (state, packed row) -> logits with a scan over the stacked layers, and the state. Takes the model's
+    layers away. A model of outlines gives a state of outlines."""
+    outlined = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
+    model.layers = nnx.eval_shape(stack, model.layers) if outlined else stack(model.layers)
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state, batch: nnx.merge(graph, state)(batch)), state
 
 
 def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:

@@ -58,14 +58,17 @@ class Layout:
     """Who may look at whom in a packed row, and the same as a list of tiles to compute.
 
     spans[r] = (a0, a1, b0, b1): query row r sees the keys [a0, a1) and [b0, b1) of the row. An empty pair of spans
-    marks filler, whose attention output is 0.
-    tiles[i] = (q0, r0, r1, a0, an, b0, bn): rows [q0, q0 + B) are computed, [r0, r1) of them are written, against
-    the keys [a0, a0 + an) and [b0, b0 + bn). Tiles are sorted by class, class c holding [starts[c], starts[c + 1]).
-    A class fixes the static tile size (B, W); see jaxrank.kernels.tiles.
+    marks filler, whose attention output is 0. tiles and starts are made for one kind of attention body:
+
+    XLA (jaxrank.kernels.tiles): tiles[i] = (q0, r0, r1, a0, an, b0, bn): rows [q0, q0 + B) are computed, [r0, r1) of
+    them are written, against the keys [a0, a0 + an) and [b0, b0 + bn). Tiles are sorted by class, class c holding
+    [starts[c], starts[c + 1]). A class fixes the static tile size (B, W).
+    Pallas (jaxrank.kernels.grid): tiles[i] is a (query tile, key tile) of a fixed grid, and [starts[t], starts[t + 1])
+    are those of query tile t.
     """
 
     spans: Int32[ArrayLike, "R 4"]
-    tiles: Int32[ArrayLike, "I 7"]
+    tiles: Int32[ArrayLike, "I 7"] | Int32[ArrayLike, " I"]
     starts: Int32[ArrayLike, " starts"]
 
     @property

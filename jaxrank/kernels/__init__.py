@@ -1,21 +1,66 @@
-"""Attention over packed rows: one public function, checked and dispatched here."""
+"""Attention over packed rows: one public function, checked and dispatched here.
+
+tiles.py    spans -> tiles at document borders, for XLA
+xla.py      tiled, for CPU; dense, the oracle, for any backend
+grid.py     spans -> (query tile, key tile) pairs, for Pallas
+tpu.py      Pallas for TPU
+gpu.py      Pallas for NVIDIA GPUs, through Triton
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
-from jaxrank.kernels import xla
-from jaxrank.kernels.tiles import LONG_ROW, make_layout, max_tiles
+from jaxrank.kernels import gpu, tiles, tpu, xla
+from jaxrank.kernels.grid import make_grid
+from jaxrank.kernels.tiles import LONG_ROW
 from jaxrank.types import Layout
 
-__all__ = ["IMPLEMENTATIONS", "LONG_ROW", "attention", "make_layout", "max_tiles", "operand_dtype"]
+__all__ = ["IMPLEMENTATIONS", "LONG_ROW", "attention", "is_for_cpu", "make_layout", "operand_dtype"]
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"tiled": xla.tiled, "dense": xla.dense}
+
+class Implementation(NamedTuple):
+    """An attention body, and what makes its tile list from spans and the number of keys."""
+
+    body: Callable[..., Array]
+    make_layout: Callable[[np.ndarray, int], Layout]
+
+
+_TPU_GRID, _GPU_GRID = (partial(make_grid, tile_size=kernel.tile_size) for kernel in (tpu, gpu))
+
+IMPLEMENTATIONS = {
+    "tiled": Implementation(xla.tiled, tiles.make_layout),
+    "dense": Implementation(xla.dense, tiles.make_layout),
+    "tpu": Implementation(tpu.attention, _TPU_GRID),
+    "tpu-interpreted": Implementation(partial(tpu.attention, interpret=True), _TPU_GRID),
+    "gpu": Implementation(gpu.attention, _GPU_GRID),
+    "gpu-interpreted": Implementation(partial(gpu.attention, interpret=True), _GPU_GRID),
+}
+"""By name; the interpreted ones run anywhere, slowly, and are for tests."""
+
+
+def pick(implementation: str | None) -> Implementation:
+    """The one of that name, or for None the default device's: Pallas on TPU, XLA elsewhere.
+
+    On NVIDIA GPUs, too, until "gpu" has been measured on one.
+    """
+    name = implementation or {"tpu": "tpu"}.get(jax.default_backend(), "tiled")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention: implementation {name!r} is unknown; one of {sorted(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name]
+
+
+def make_layout(spans: Int32[np.ndarray, "R 4"], keys: int, implementation: str | None = None) -> Layout:
+    """The layout of an attention call of len(spans) query rows over `keys` keys, for that implementation."""
+    return pick(implementation).make_layout(spans, keys)
 
 
 def attention(
@@ -30,19 +75,24 @@ def attention(
     """Softmax attention of R query rows over a packed row of T keys, as `layout` allows.
 
     The result has q's dtype; products, softmax and sums are float32. Rows whose spans are empty give 0.
-    N must be a multiple of K (grouped-query attention). `implementation` names one of IMPLEMENTATIONS;
-    None takes "tiled".
+    N must be a multiple of K (grouped-query attention). `implementation` names one of IMPLEMENTATIONS, None is the
+    default device's; `layout` must have been made for the same.
     """
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention: got q {q.shape}, k {k.shape}, v {v.shape}; want [R, N, H], [T, K, H], [T, K, H], N % K == 0"
         )
-    name = implementation or "tiled"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention: implementation {name!r} is unknown; one of {sorted(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name](q, k, v, layout, scale=scale)
+    chosen = pick(implementation)
+    if (layout.tiles.ndim == 1) != (chosen.make_layout is not tiles.make_layout):
+        raise ValueError("attention: the layout was made for another implementation; see make_layout")
+    return chosen.body(q, k, v, layout, scale=scale)
 
 
-def operand_dtype(dtype: DTypeLike) -> DTypeLike:
+def is_for_cpu(implementation: str | None) -> bool:
+    """Whether that implementation runs on CPU. By its name, since a CPU may compile for a TPU."""
+    return jax.default_backend() == "cpu" and pick(implementation).body in (xla.tiled, xla.dense)
+
+
+def operand_dtype(dtype: DTypeLike, implementation: str | None) -> DTypeLike:
     """What to pass q, k and v of a model in `dtype` as: float32 on CPU, where XLA would convert every bfloat16 tile."""
-    return jnp.float32 if jax.default_backend() == "cpu" else dtype
+    return jnp.float32 if is_for_cpu(implementation) else dtype

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import LONG_ROW
+from jaxrank.kernels import LONG_ROW, is_for_cpu
 from jaxrank.types import ArrayLike
 
 INIT_SCALE = 0.02
@@ -47,10 +47,12 @@ def einsum(spec: str, x: Array, kernel: Array) -> Float32[Array, ...]:
     return jnp.einsum(spec, x, kernel, preferred_element_type=jnp.float32)
 
 
-def table_rows(table: Float[Array, "V D"], at: Int32[ArrayLike, " R"]) -> Float32[Array, "R D"]:
-    """table[at] in float32. A bfloat16 table is read as integers, since XLA's CPU backend would not fuse its reading
-    with what follows."""
-    if table.dtype != jnp.bfloat16:
+def table_rows(
+    table: Float[Array, "V D"], at: Int32[ArrayLike, " R"], implementation: str | None
+) -> Float32[Array, "R D"]:
+    """table[at] in float32. On CPU a bfloat16 table is read as integers, since XLA would not fuse its reading with what
+    follows; a TPU would copy the whole table for that. implementation: that of attention."""
+    if table.dtype != jnp.bfloat16 or not is_for_cpu(implementation):
         return table[at].astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[at]
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
@@ -79,21 +81,25 @@ def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
     return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-def save_memory(rows: int) -> bool:
+def save_memory(rows: int, implementation: str | None) -> bool:
     """Whether a row is so long that its layers are computed piece by piece: on CPU, where memory is what weights and
-    programs leave, and where small pieces cost no time."""
-    return rows > LONG_ROW and jax.default_backend() == "cpu"
+    programs leave, and where small pieces cost no time. implementation: that of attention."""
+    return rows > LONG_ROW and is_for_cpu(implementation)
 
 
 def in_runs(
-    f: Callable[..., Array], out: Float[Array, "R ..."], *sources: Shaped[ArrayLike, "R ..."], used: ArrayLike
+    f: Callable[..., Array],
+    out: Float[Array, "R ..."],
+    *sources: Shaped[ArrayLike, "R ..."],
+    used: ArrayLike,
+    implementation: str | None,
 ) -> Float[Array, "R ..."]:
     """f(out, *sources) for an f that treats every row alone and returns what takes the place of `out`.
 
     Where memory is saved, rows go through f in runs, and only as many as hold the first `used` rows: the others stay
     what they are.
     """
-    if not save_memory(len(out)):
+    if not save_memory(len(out), implementation):
         return f(out, *sources)
     size = next(n for n in range(RUN, 0, -1) if len(out) % n == 0)
 

@@ -153,12 +153,12 @@ class Attention(nnx.Module):
         """x plus what its rows draw from `row`, in a long row a few heads at a time."""
         kv_heads = self.key.shape[1]
         grouped = self.query.shape[1] // kv_heads
-        group = KV_GROUP if save_memory(len(row)) and kv_heads % KV_GROUP == 0 else kv_heads
+        group = KV_GROUP if save_memory(len(row), self.implementation) and kv_heads % KV_GROUP == 0 else kv_heads
         dtype = self.out.dtype
         asking = x
 
         def project(kernel: Array, y: Array, norm: RMSNorm | None, by: Rotary | None) -> Float[Array, "R heads H"]:
-            empty = jnp.zeros((len(y), *kernel.shape[1:]), operand_dtype(dtype))
+            empty = jnp.zeros((len(y), *kernel.shape[1:]), operand_dtype(dtype, self.implementation))
 
             def some(_: Array, y: Array, *angles: Array) -> Array:
                 z = einsum("TD,DNH->TNH", self.norm(y).astype(dtype), kernel)
@@ -166,7 +166,7 @@ class Attention(nnx.Module):
                     z = turn(norm(z), Rotary(*angles))
                 return z.astype(empty.dtype)
 
-            return in_runs(some, empty, y, *(by or ()), used=layout.used)
+            return in_runs(some, empty, y, *(by or ()), used=layout.used, implementation=self.implementation)
 
         def add_heads(i: Array | int, x: Array) -> Array:
             def part(kernel: nnx.Param, axis: int, count: int) -> Array:
@@ -177,7 +177,13 @@ class Attention(nnx.Module):
             v = project(part(self.value, 1, group), row, None, None)
             drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
             out = part(self.out, 0, group * grouped)
-            return in_runs(lambda x, y: x + einsum("TNH,NHD->TD", y.astype(dtype), out), x, drawn, used=layout.used)
+            return in_runs(
+                lambda x, y: x + einsum("TNH,NHD->TD", y.astype(dtype), out),
+                x,
+                drawn,
+                used=layout.used,
+                implementation=self.implementation,
+            )
 
         return add_heads(0, x) if group == kv_heads else jax.lax.fori_loop(0, kv_heads // group, add_heads, x)
 
@@ -203,13 +209,19 @@ class Layer(nnx.Module):
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
         self.feed_forward = FeedForward(config, dtype, rngs)
+        self.implementation = implementation
 
     def __call__(
         self, x: Float32[Array, "T D"], layout: Layout, rotary: Rotary, rows: ArrayLike | None = None
     ) -> Float32[Array, "R D"]:
         """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
         mine, mine_rotary = (x, rotary) if rows is None else (x[rows], Rotary(rotary.cos[rows], rotary.sin[rows]))
-        return in_runs(self.feed_forward, self.attention(mine, x, layout, mine_rotary, rotary), used=layout.used)
+        return in_runs(
+            self.feed_forward,
+            self.attention(mine, x, layout, mine_rotary, rotary),
+            used=layout.used,
+            implementation=self.implementation,
+        )
 
 
 class Qwen3(nnx.Module):
@@ -226,6 +238,7 @@ class Qwen3(nnx.Module):
         self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None = None
     ):
         self.config = config
+        self.implementation = implementation
         self.word = weight(rngs, (config.vocab_size, config.width), dtype)
         self.layers = nnx.List([Layer(config, dtype, rngs, implementation) for _ in range(config.layers - 1)])
         self.last = Layer(config, dtype, rngs, implementation)
@@ -237,7 +250,7 @@ class Qwen3(nnx.Module):
 
     def embed(self, batch: Packed) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
         """The first layer's input, and what every layer takes besides."""
-        return table_rows(self.word[...], batch.tokens), (batch.layout, self._rotary(batch))
+        return table_rows(self.word[...], batch.tokens, self.implementation), (batch.layout, self._rotary(batch))
 
     def finish(self, x: Float32[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
         """The last layer, at the scored rows alone, and the head."""

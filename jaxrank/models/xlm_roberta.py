@@ -101,7 +101,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float32[Array, "R D"], row: Float[Array, "T D"], layout: Layout) -> Float32[Array, "R D"]:
         """x plus what its rows draw from `row`, in a long row a few heads at a time."""
         heads, size = self.query.bias.shape
-        group = HEAD_GROUP if save_memory(len(row)) and heads % HEAD_GROUP == 0 else heads
+        group = HEAD_GROUP if save_memory(len(row), self.implementation) and heads % HEAD_GROUP == 0 else heads
         dtype = self.out.kernel.dtype
         asking = x
 
@@ -109,18 +109,25 @@ class Attention(nnx.Module):
             def project(by: Projection, y: Array) -> Float[Array, "R group H"]:
                 kernel = jax.lax.dynamic_slice_in_dim(by.kernel[...], i * group, group, 1)
                 bias = jax.lax.dynamic_slice_in_dim(by.bias[...], i * group, group, 0)
-                empty = jnp.zeros((len(y), group, size), operand_dtype(dtype))
+                empty = jnp.zeros((len(y), group, size), operand_dtype(dtype, self.implementation))
                 return in_runs(
                     lambda _, y: (einsum(by.spec, y.astype(dtype), kernel) + bias).astype(empty.dtype),
                     empty,
                     y,
                     used=layout.used,
+                    implementation=self.implementation,
                 )
 
             q, k, v = project(self.query, asking), project(self.key, row), project(self.value, row)
             drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
             kernel = jax.lax.dynamic_slice_in_dim(self.out.kernel[...], i * group, group, 0)
-            return in_runs(lambda x, y: x + einsum(self.out.spec, y.astype(dtype), kernel), x, drawn, used=layout.used)
+            return in_runs(
+                lambda x, y: x + einsum(self.out.spec, y.astype(dtype), kernel),
+                x,
+                drawn,
+                used=layout.used,
+                implementation=self.implementation,
+            )
 
         x = add_heads(0, x) if group == heads else jax.lax.fori_loop(0, heads // group, add_heads, x)
         return x + self.out.bias[...]
@@ -135,11 +142,14 @@ class Layer(nnx.Module):
         self.up = Projection("TD,DF->TF", (config.width, config.ffn), (config.ffn,), dtype, rngs)
         self.down = Projection("TF,FD->TD", (config.ffn, config.width), (config.width,), dtype, rngs)
         self.norm = LayerNorm(config.width, config.eps)
+        self.implementation = implementation
 
     def __call__(self, x: Float[Array, "T D"], layout: Layout, rows: ArrayLike | None = None) -> Float[Array, "R D"]:
         """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
         mine = x if rows is None else x[rows]
-        return in_runs(self.feed_forward, self.attention(mine, x, layout), used=layout.used)
+        return in_runs(
+            self.feed_forward, self.attention(mine, x, layout), used=layout.used, implementation=self.implementation
+        )
 
     def feed_forward(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
         """The rest of the layer, from the sum that attention leaves."""
@@ -161,6 +171,7 @@ class XLMRoberta(nnx.Module):
         self, config: XLMRobertaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None = None
     ):
         self.config = config
+        self.implementation = implementation
         self.word = weight(rngs, (config.vocab_size, config.width), dtype)
         self.position = weight(rngs, (config.position_rows, config.width), dtype)
         self.token_type = weight(rngs, (config.width,), jnp.float32)
@@ -172,9 +183,14 @@ class XLMRoberta(nnx.Module):
 
     def embed(self, batch: Packed) -> tuple[Float[Array, "T D"], tuple[Layout]]:
         """The first layer's input, and what every layer takes besides."""
-        word = table_rows(self.word[...], batch.tokens)
-        position = table_rows(self.position[...], batch.positions + self.config.pad_id + 1)
-        x = in_runs(self.embedding_norm, word + position + self.token_type[...], used=batch.layout.used)
+        word = table_rows(self.word[...], batch.tokens, self.implementation)
+        position = table_rows(self.position[...], batch.positions + self.config.pad_id + 1, self.implementation)
+        x = in_runs(
+            self.embedding_norm,
+            word + position + self.token_type[...],
+            used=batch.layout.used,
+            implementation=self.implementation,
+        )
         return x, (batch.layout,)
 
     def finish(self, x: Float[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:

@@ -1,12 +1,16 @@
 """Every attention implementation against an independent float64 reference that loops over rows and heads."""
 
+from functools import partial
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrank.kernels import IMPLEMENTATIONS, attention, make_layout, max_tiles
-from jaxrank.kernels.tiles import classes
+from jaxrank.kernels import IMPLEMENTATIONS, attention, gpu, make_layout, tpu
+from jaxrank.kernels.grid import FIRST, LAST, make_grid
+from jaxrank.kernels.tiles import classes, max_tiles
 
 KEYS = 1400
 """More than the widest class of tiles, whose tiles run over their keys in pieces."""
@@ -65,7 +69,7 @@ SPANS = {
     "filler in the middle": bidirectional([100, 200], KEYS)
     + bidirectional([400, 1000], KEYS) * (np.arange(KEYS)[:, None] >= 400),
 }
-HEADS = {"MHA": (4, 4, 64), "GQA": (8, 2, 32), "one head": (1, 1, 128)}
+HEADS = {"MHA": (4, 4, 64), "GQA": (4, 2, 32), "one head": (1, 1, 128), "72 wide": (2, 2, 72), "GQA 128": (4, 2, 128)}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -77,12 +81,15 @@ def inputs(rows, heads, dtype, seed=0, size=1.0):
 
 
 def run(q, k, v, spans, implementation):
-    layout = make_layout(spans, len(k))
+    layout = make_layout(spans, len(k), implementation)
     call = jax.jit(attention, static_argnames=("scale", "implementation"))
     return np.asarray(call(q, k, v, layout, scale=0.2, implementation=implementation), np.float64)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+RUNNABLE = [name for name in IMPLEMENTATIONS if name not in ("tpu", "gpu") or name == jax.default_backend()]
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
 class TestAttention:
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -118,7 +125,7 @@ class TestAttention:
 class TestLayout:
     @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
     def test_tiles_write_each_row_once_and_hold_all_its_keys(self, spans):
-        layout = make_layout(spans, KEYS)
+        layout = make_layout(spans, KEYS, "tiled")
         kinds = classes(KEYS, len(spans))
         written = np.zeros(len(spans), int)
         for kind, (height, window) in enumerate(kinds):
@@ -142,14 +149,14 @@ class TestLayout:
             lengths = []
             while sum(lengths) < keys:
                 lengths.append(min(int(rng.integers(max(longest // 2, 1), longest + 1)), keys - sum(lengths)))
-            layout = make_layout(bidirectional(lengths, keys), keys)
+            layout = make_layout(bidirectional(lengths, keys), keys, "tiled")
             assert layout.starts[-1] <= max_tiles(keys, keys) == len(layout.tiles)
 
     def test_cost_follows_the_sum_of_squares(self):
         """Mixed lengths: the scores computed are at most twice those needed, 1/8 of the dense product here."""
         lengths = np.random.default_rng(0).integers(100, 300, 40)
         lengths = lengths[np.cumsum(lengths) <= 8192]
-        layout = make_layout(bidirectional(lengths, 8192), 8192)
+        layout = make_layout(bidirectional(lengths, 8192), 8192, "tiled")
         computed = sum(
             height * window * int(layout.starts[c + 1] - layout.starts[c])
             for c, (height, window) in enumerate(classes(8192, 8192))
@@ -157,11 +164,73 @@ class TestLayout:
         assert computed <= 2 * (lengths**2).sum() <= 8192**2 / 8
 
 
+class TestGrid:
+    @pytest.mark.parametrize("tile_size", [tpu.tile_size, gpu.tile_size], ids=["tpu", "gpu"])
+    @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+    def test_pairs_are_those_in_which_a_row_sees_a_key(self, spans, tile_size):
+        layout = make_grid(spans, KEYS, tile_size)
+        height, width = tile_size(len(spans)), tile_size(KEYS)
+        want = set()
+        for row, (a0, a1, b0, b1) in enumerate(spans):
+            want |= {(row // height, key // width) for key in (*range(a0, a1), *range(b0, b1))}
+        down = -(-len(spans) // height)
+        want |= {(tile, 0) for tile in range(down) if not any(tile == q for q, _ in want)}
+        items = layout.tiles[: layout.starts[-1]]
+        got = list(zip((items >> 16).tolist(), (items >> 2 & 0x3FFF).tolist(), strict=True))
+        assert got == sorted(want)
+        assert not layout.tiles[layout.starts[-1] :].any()
+        for tile in range(down):
+            mine = items[layout.starts[tile] : layout.starts[tile + 1]]
+            assert set(mine >> 16) == {tile}
+            assert [bool(item & FIRST) for item in mine] == [True] + [False] * (len(mine) - 1)
+            assert [bool(item & LAST) for item in mine] == [False] * (len(mine) - 1) + [True]
+
+    def test_shapes_depend_on_those_of_the_call_alone(self):
+        shapes = {
+            tuple(x.shape for x in jax.tree.leaves(make_grid(spans, KEYS, tpu.tile_size))) for spans in SPANS.values()
+        }
+        assert len(shapes) == 1
+
+    @pytest.mark.parametrize(
+        "rows, on_tpu, on_gpu",
+        [(8, 8, 16), (12, 12, 16), (256, 256, 128), (384, 128, 128), (768, 256, 128), (1400, 128, 128), (320, 64, 128)],
+    )
+    def test_tile_sizes(self, rows, on_tpu, on_gpu):
+        assert (tpu.tile_size(rows), gpu.tile_size(rows)) == (on_tpu, on_gpu)
+
+
+class TestLowering:
+    """Where there is no such device, the compilers' first half runs all the same."""
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+    @pytest.mark.parametrize("rows", [1536, 96])
+    @pytest.mark.parametrize(
+        "name, platform, target", [("gpu", "cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu", "tpu_custom_call")]
+    )
+    def test_lowers(self, name, platform, target, rows, heads, dtype):
+        query_heads, kv_heads, size = heads
+        spans = star([(50, [10, 100, 7]), (130, [200, 1, 80])], 1536)[:rows]
+        layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_layout(spans, 1536, name))
+        q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, query_heads, size), (1536, kv_heads, size)))
+        call = jax.jit(partial(attention, scale=0.2, implementation=name))
+        allowed = [jax.export.DisabledSafetyCheck.custom_call(target)]
+        exported = jax.export.export(call, platforms=[platform], disabled_checks=allowed)(q, k, k, layout)
+        assert target in exported.mlir_module()
+
+
 class TestChecks:
     def test_unknown_implementation(self):
         q, k, v = inputs(KEYS, (2, 2, 64), "float32")
         with pytest.raises(ValueError, match="'magic' is unknown; one of"):
             attention(q, k, v, make_layout(SPANS["mixed"], KEYS), scale=1.0, implementation="magic")
+
+    def test_layouts_of_another_implementation(self):
+        q, k, v = inputs(KEYS, (2, 2, 64), "float32")
+        for name, other in (("tiled", "tpu"), ("gpu-interpreted", "dense")):
+            layout = make_layout(SPANS["mixed"], KEYS, other)
+            with pytest.raises(ValueError, match="made for another implementation"):
+                attention(q, k, v, layout, scale=1.0, implementation=name)
 
     def test_shapes_that_do_not_match(self):
         q, k, v = inputs(KEYS, (3, 2, 64), "float32")

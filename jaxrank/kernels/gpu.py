@@ -1,0 +1,98 @@
+"""Attention over packed rows for NVIDIA GPUs, in Pallas through Triton: one program for each (query tile, head).
+
+A program loops over its query tile's part of the tile list with a running maximum and sum (Dao et al. 2022). Its
+length comes from the list, so cost follows the sum of squared lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from jaxrank.types import Layout
+
+TILE = 128
+"""Rows of a query tile at most, and of a key tile; keys are read KEYS at a time."""
+KEYS = 64
+WARPS = 8
+MASKED = -1e30
+
+
+def tile_size(rows: int) -> int:
+    """Rows of a tile: TILE, or the next power of 2 of a shorter array, since Triton knows no others."""
+    return min(TILE, max(16, 1 << (rows - 1).bit_length()))
+
+
+def attention(
+    q: Float[Array, "R N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    layout: Layout,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "R N H"]:
+    """Head sizes that are no power of 2, and rows and keys that are no whole tiles, are padded."""
+    rows, heads, size = q.shape
+    keys, kv_heads, _ = k.shape
+    height, width = tile_size(rows), tile_size(keys)
+    wide = max(16, 1 << (size - 1).bit_length())
+    q = jnp.pad(q, ((0, -rows % height), (0, 0), (0, wide - size)))
+    k, v = (jnp.pad(x, ((0, -keys % width), (0, 0), (0, wide - size))) for x in (k, v))
+    spans = jnp.pad(jnp.asarray(layout.spans), ((0, -rows % height), (0, 0)))
+    groups = heads // kv_heads
+    one_head = pl.BlockSpec((height, None, wide), lambda tile, head: (tile, head, 0))
+    all_keys = pl.BlockSpec((k.shape[0], None, wide), lambda tile, head: (0, lax.div(head, groups), 0))
+    whole = pl.BlockSpec(None, None)
+    out = pl.pallas_call(
+        functools.partial(_kernel, width=width, scale=scale),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(q.shape[0] // height, heads),
+        in_specs=[whole, whole, pl.BlockSpec((height, 4), lambda tile, head: (tile, 0)), one_head, all_keys, all_keys],
+        out_specs=one_head,
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
+        interpret=interpret,
+        name="packed_attention",
+    )(jnp.asarray(layout.tiles), jnp.asarray(layout.starts), spans, q, k, v)
+    return out[:rows, :, :size]
+
+
+def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float):
+    """One query tile of one head."""
+    tile = pl.program_id(0)
+    height, wide = q.shape
+    query = q[...]
+    a0, a1, b0, b1 = (spans[:, i][:, None] for i in range(4))
+    piece = min(width, KEYS)
+    # float32 is asked for where exactness counts; the tensor cores' TF32 would keep 10 bits
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def some_keys(first: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, sums = carry
+        keys = first + jnp.arange(piece)[None, :]
+        allowed = ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
+        scores = plgpu.dot(query, k[pl.ds(first, piece), :].T, precision=precision) * (scale * math.log2(math.e))
+        scores = jnp.where(allowed, scores, MASKED)
+        higher = jnp.maximum(highest, scores.max(1))
+        weights = jnp.where(allowed, jnp.exp2(scores - higher[:, None]), 0.0)
+        shrink = jnp.exp2(highest - higher)
+        drawn = plgpu.dot(weights.astype(v.dtype), v[pl.ds(first, piece), :], precision=precision)
+        return higher, total * shrink + weights.sum(1), sums * shrink[:, None] + drawn
+
+    def one_item(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        first = (lax.shift_right_logical(items[i], 2) & 0x3FFF) * width
+        for at in range(0, width, piece):
+            carry = some_keys(first + at, carry)
+        return carry
+
+    none = jnp.zeros(height, jnp.float32)
+    carry = (none + MASKED, none, jnp.zeros((height, wide), jnp.float32))
+    _, total, sums = lax.fori_loop(starts[tile], starts[tile + 1], one_item, carry)
+    out[...] = (sums / jnp.where(total > 0, total, 1.0)[:, None]).astype(out.dtype)

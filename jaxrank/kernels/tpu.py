@@ -1,0 +1,144 @@
+"""Attention over packed rows for TPU, in Pallas: one grid step for each listed (query tile, key tile), all heads in it.
+
+The softmax runs over a query tile's key tiles with a running maximum and sum (Milakov and Gimelshein 2018, Dao et al.
+2022). q, k and v are read as the projections leave them, [T, heads * H], so nothing is transposed. The number of steps
+is a traced scalar: one program serves every mix of lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from jaxrank.kernels.grid import FIRST, LAST
+from jaxrank.types import Layout
+
+TILES = (256, 128, 64)
+LANES = 128
+MASKED = -1e30
+VMEM_BYTES = 64 << 20
+
+
+def tile_size(rows: int) -> int:
+    """Rows of a tile: all of a short array, else the largest of TILES that divides them, or 128 of a padded array."""
+    return rows if rows <= TILES[0] else next((size for size in TILES if rows % size == 0), LANES)
+
+
+def attention(
+    q: Float[Array, "R N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    layout: Layout,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "R N H"]:
+    """Heads narrower than 128 lanes share a block of lanes where every query head has its own keys, and 128 / H is
+    whole; others are padded to 128."""
+    rows, heads, size = q.shape
+    keys, kv_heads, _ = k.shape
+    if size % LANES and not (heads == kv_heads and LANES % size == 0 and heads * size % LANES == 0):
+        wide = -(-size // LANES) * LANES
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, wide - size))) for x in (q, k, v))
+        return attention(q, k, v, layout, scale=scale, interpret=interpret)[..., :size]
+    height, width = tile_size(rows), tile_size(keys)
+    spans = jnp.asarray(layout.spans)
+    q, spans = (_pad_rows(x, height) for x in (q.reshape(rows, -1), spans))
+    k, v = (_pad_rows(x.reshape(keys, -1), width) for x in (k, v))
+    query_block = pl.BlockSpec((height, q.shape[1]), lambda i, items: (lax.shift_right_logical(items[i], 16), 0))
+    spans_block = pl.BlockSpec((height, 4), lambda i, items: (lax.shift_right_logical(items[i], 16), 0))
+    key_block = pl.BlockSpec((width, k.shape[1]), lambda i, items: (_key_tile(items[i]), 0))
+    out = pl.pallas_call(
+        functools.partial(_kernel, size=size, groups=heads // kv_heads, scale=scale),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(jnp.asarray(layout.starts)[-1],),
+            in_specs=[spans_block, query_block, key_block, key_block],
+            out_specs=query_block,
+            scratch_shapes=[
+                pltpu.VMEM((heads, height, LANES), jnp.float32),
+                pltpu.VMEM((heads, height, LANES), jnp.float32),
+                pltpu.VMEM((height, q.shape[1]), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
+        interpret=interpret,
+        name="packed_attention",
+    )(jnp.asarray(layout.tiles), spans, q, k, v)
+    return out[:rows].reshape(rows, heads, size)
+
+
+def _key_tile(item: Array) -> Array:
+    return lax.shift_right_logical(item, 2) & 0x3FFF
+
+
+def _pad_rows(x: Array, tile: int) -> Array:
+    """Zeros behind the last row, up to whole tiles: a block that reaches beyond an array would hold anything."""
+    return jnp.pad(x, ((0, -len(x) % tile), (0, 0)))
+
+
+def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, groups: int, scale: float):
+    """One (query tile, key tile). highest and total, [N, B, 128], hold a row's running maximum and sum in every lane;
+    sums, [B, N * H], what it has drawn so far."""
+    item = items[pl.program_id(0)]
+    width = k.shape[0]
+    keys = _key_tile(item) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    a0, a1, b0, b1 = (spans[:, i : i + 1] for i in range(4))
+    allowed = ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
+    block = max(size, LANES)
+    lane = lax.broadcasted_iota(jnp.int32, (1, block), 1)
+
+    def step(first: bool) -> None:
+        for head in range(q.shape[1] // size):
+            at = head * size // block * block
+            kv_at = head // groups * size // block * block
+            query, mine = q[:, at : at + block], None
+            if size < block:  # the other heads of this block of lanes count as zeros
+                place = head * size - at
+                mine = (lane >= place) & (lane < place + size)
+                query = jnp.where(mine, query, jnp.zeros_like(query))
+            scores = lax.dot_general(
+                query, k[:, kv_at : kv_at + block], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            scores = jnp.where(allowed, scores * scale, MASKED)
+            most = scores.max(1, keepdims=True)
+            before = most if first else highest[head][:, :1]
+            most = jnp.maximum(before, most)
+            # a row that sees nothing here has MASKED as its maximum, and would count every key as 1
+            weights = jnp.where(allowed, jnp.exp(scores - most), 0.0)
+            weighed = weights.sum(1, keepdims=True)
+            drawn = lax.dot_general(
+                weights.astype(v.dtype),
+                v[:, kv_at : kv_at + block],
+                (((1,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            if not first:
+                shrink = jnp.exp(before - most)
+                weighed += total[head][:, :1] * shrink
+                drawn += sums[:, at : at + block] * shrink
+            highest[head] = jnp.broadcast_to(most, (len(query), LANES))
+            total[head] = jnp.broadcast_to(weighed, (len(query), LANES))
+            sums[:, at : at + block] = drawn if mine is None else jnp.where(mine, drawn, sums[:, at : at + block])
+
+    pl.when(item & FIRST != 0)(lambda: step(first=True))
+    pl.when(item & FIRST == 0)(lambda: step(first=False))
+
+    @pl.when(item & LAST != 0)
+    def _():
+        for head in range(q.shape[1] // size):
+            at = head * size // block * block
+            weighed = total[head][:, :1]
+            mean = sums[:, at : at + block] / jnp.where(weighed > 0, weighed, 1.0)
+            if size < block:
+                place = head * size - at
+                mine = (lane >= place) & (lane < place + size)
+                mean = jnp.where(mine, mean, 0.0 if place == 0 else out[:, at : at + block].astype(jnp.float32))
+            out[:, at : at + block] = mean.astype(out.dtype)
