@@ -80,7 +80,7 @@ def breakdown(reranker: Reranker, pairs: Pairs, shape: str, dtype: str, whole: f
     last = 2 * wide * wide / (4 * wide * wide + 2 * wide * ffn)
     products *= (layers - 1 + last) * sum(tokens) / row
 
-    q = jnp.asarray(normal((row, heads, wide // heads), np.float32), operand_dtype(dtype))
+    q = jnp.asarray(normal((row, heads, wide // heads), np.float32), operand_dtype(dtype, None))
     attend = jax.jit(lambda q, layout: attention(q, q, q, layout, scale=0.1))
     layouts = [pack([encoded[i] for i in row], size).layout for row, size in zip(rows, tokens, strict=True)]
     attending = (layers - 1) * sum(

@@ -1,0 +1,134 @@
+"""Ahead-of-time compilation of the whole scoring function for TPUs, with no TPU: does it compile, and does it fit?
+
+    python benchmarks/compile_tpu.py --models bge-reranker-v2-m3 --chips v5e v6e --buckets 2048
+        [--output benchmarks/results/compile-tpu.json]
+
+This is the compiler that runs on TPU machines (libtpu, in the extra `tpu`), Pallas kernels included; weights are
+shapes alone. Memory is what the compiled program says of itself. The time is a roofline, not a measurement: the larger
+of FLOPs over the chip's published bfloat16 peak and bytes over its memory bandwidth, for a row full of documents of 190
+tokens. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# before JAX is loaded: this process compiles for a TPU and must not look for one
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from machine import finish
+from shapes import MODELS
+
+from jaxrank.kernels.tpu import tile_size
+from jaxrank.packing import LADDER, pack
+from jaxrank.scoring import whole
+from jaxrank.types import Encoded
+
+GB = 1e9
+
+
+class Chip(NamedTuple):
+    """A topology of libtpu, and one chip's memory, bfloat16 peak and bandwidth as Google publishes them."""
+
+    topology: str
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+CHIPS = {
+    "v5e": Chip("v5e:2x2", 16 * GB, 197e12, 819e9),
+    "v6e": Chip("v6e:2x2", 32 * GB, 918e12, 1640e9),
+    "v5p": Chip("v5p:2x2x1", 95 * GB, 459e12, 2765e9),
+}
+
+
+def batch(tokens: int, causal: bool) -> Any:
+    """A row full of documents of 190 tokens, with a shared prefix of 90 where the model allows one."""
+    prefix = np.zeros(90 if causal else 0, np.int32)
+    count = max(1, (tokens - len(prefix)) // 190)
+    length = min(190, tokens - len(prefix))
+    pairs = [Encoded(np.zeros(length, np.int32), length - 1, prefix=prefix) for _ in range(count)]
+    return pack(pairs, tokens, causal=causal, implementation="tpu")
+
+
+def attention_flops(packed: Any, config: Any) -> float:
+    """FLOPs of the listed tiles in all layers but the last, which the compiler does not see inside the kernel."""
+    size = getattr(config, "head_size", config.width // config.heads)
+    tokens = len(packed.tokens)
+    return 4.0 * int(packed.layout.starts[-1]) * tile_size(tokens) ** 2 * config.heads * size * (config.layers - 1)
+
+
+def compile_one(name: str, chip_name: str, tokens: int) -> dict[str, Any]:
+    """One row of the table; `error` instead of figures where it does not compile."""
+    module, config = MODELS[name]
+    chip = CHIPS[chip_name]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
+    place = NamedSharding(Mesh(np.array(devices[:1]), "x"), PartitionSpec())
+    model = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation="tpu"))
+    score, state = whole(model)
+    packed = batch(tokens, module.causal)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def shaped(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    row: dict[str, Any] = {"model": name, "chip": chip_name, "tokens": tokens}
+    start = time.perf_counter()
+    try:
+        compiled = score.lower(jax.tree.map(shaped, state), jax.tree.map(shaped, packed)).compile()
+    except Exception as error:  # the compiler's own, whatever they are: the table tells them
+        return row | {"error": str(error).strip().splitlines()[0][:300]}
+    seconds = time.perf_counter() - start
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    flops = cost["flops"] + attention_flops(packed, config)
+    need = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    roofline = max(flops / chip.flops, cost["bytes accessed"] / chip.bandwidth)
+    return row | {
+        "compile_s": round(seconds, 1),
+        "pallas_calls": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        "arguments_gb": round(memory.argument_size_in_bytes / GB, 3),
+        "temporaries_gb": round(memory.temp_size_in_bytes / GB, 3),
+        "code_mb": round(memory.generated_code_size_in_bytes / 1e6, 1),
+        "fits": need < chip.memory * 0.95,
+        "tflops": round(flops / 1e12, 2),
+        "roofline_ms": round(roofline * 1e3, 2),
+        "roofline_tokens_per_s": round(tokens / roofline),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
+    parser.add_argument("--buckets", nargs="+", type=int, default=[int(t) for t in LADDER if t <= 16384])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args(argv)
+    rows = []
+    for model in arguments.models:
+        for chip in arguments.chips:
+            for tokens in arguments.buckets:
+                row = compile_one(model, chip, tokens)
+                rows.append(row)
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    finish({"benchmark": "compile_tpu", "rows": rows}, arguments.output)
+    if errors := sum("error" in row for row in rows):
+        raise SystemExit(f"{errors} of {len(rows)} programs did not compile: see the line above")
+
+
+if __name__ == "__main__":
+    main()

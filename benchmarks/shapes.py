@@ -1,0 +1,39 @@
+"""The true shapes of the models, as (module, settings), from their publishers' config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxrank.models.qwen3 import Qwen3, Qwen3Config
+from jaxrank.models.xlm_roberta import XLMRoberta, XLMRobertaConfig
+
+
+def qwen3(
+    width: int, layers: int, heads: int, ffn: int, *, tied: bool, kv_heads: int = 8, head_size: int = 128
+) -> tuple[type, Any]:
+    return Qwen3, Qwen3Config(
+        vocab_size=151669, width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_size=head_size, ffn=ffn,
+        max_length=40960, theta=1e6, eps=1e-6, tied=tied,
+    )  # fmt: skip
+
+
+def bge(width: int, layers: int, heads: int, ffn: int) -> tuple[type, Any]:
+    return XLMRoberta, XLMRobertaConfig(
+        vocab_size=250002, width=width, layers=layers, heads=heads, ffn=ffn, position_rows=8194, pad_id=1, eps=1e-5
+    )
+
+
+MODELS: dict[str, tuple[type, Any]] = {
+    "bge-reranker-v2-m3": bge(1024, 24, 16, 4096),
+    "qwen3-reranker-0.6b": qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3-reranker-4b": qwen3(2560, 36, 32, 9728, tied=True),
+    "qwen3-reranker-8b": qwen3(4096, 36, 32, 12288, tied=False),
+}
+"""True shapes, from the publishers' config.json."""
+
+
+TOY = {
+    "bge-reranker-v2-m3": bge(64, 3, 4, 128),
+    **{name: qwen3(64, 3, 4, 128, tied=True, kv_heads=2, head_size=16) for name in MODELS if name.startswith("qwen3")},
+}
+"""The same families, small enough for a test."""
