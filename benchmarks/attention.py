@@ -111,9 +111,9 @@ def on_gpu(tokens: int, prefix: int, heads: tuple[int, int, int], turns: int) ->
     shapes = [(tokens, query_heads, size), (tokens, kv_heads, size), (tokens, kv_heads, size)]
     q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
     spans = spans_of(tokens, prefix)
-    layout = jax.tree.map(jnp.asarray, make_layout(spans, tokens))
-    call = jax.jit(attention, static_argnames="scale")
-    seconds = median_seconds(lambda: call(q, k, v, layout, scale=size**-0.5), turns)
+    layout = jax.tree.map(jnp.asarray, make_layout(spans, tokens, "gpu"))
+    call = jax.jit(attention, static_argnames=("scale", "implementation"))
+    seconds = median_seconds(lambda: call(q, k, v, layout, scale=size**-0.5, implementation="gpu"), turns)
     needed = 4.0 * query_heads * size * float((spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2]).sum())
     n = 8192
     a, b = (jax.random.normal(key, (n, n), jnp.bfloat16) for key in keys[:2])
