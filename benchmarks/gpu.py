@@ -39,7 +39,6 @@ from jaxrank.packing import bucket_of, pack, plan, row_size
 from jaxrank.scoring import LADDER, compile_whole
 from jaxrank.types import Encoded
 
-
 ATTENTION = "gpu" if jax.default_backend() == "gpu" else None
 
 
