@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from flax import nnx
 from machine import finish, save
-from shapes import MODELS, TOY
+from shapes import MODELS, TOY, model_flops
 
 from jaxrank.kernels import attention, make_layout
 from jaxrank.packing import bucket_of, pack, plan, row_size
@@ -98,17 +98,6 @@ def check_model(name: str) -> dict[str, Any]:
     # float32 products run in TF32 on GPUs unless told otherwise
     assert worst < 2e-2 * (1 + float(np.ptp(logits[1]))), f"{name} differs from its dense form by {worst}"
     return {"part": "check model", "model": name, "largest_difference": worst, "range": float(np.ptp(logits[1]))}
-
-
-def model_flops(config: Any, lengths: Sequence[int], causal: bool) -> float:
-    """Of matrices and needed scores, all layers; the head and the last layer's savings are not counted."""
-    size = getattr(config, "head_size", config.width // config.heads)
-    kv_heads = getattr(config, "kv_heads", config.heads)
-    matrices = config.width * size * (2 * config.heads + 2 * kv_heads) + config.width * config.ffn * (
-        3 if causal else 2
-    )
-    scores = sum(n * n for n in lengths) * (0.5 if causal else 1.0)
-    return config.layers * (2.0 * matrices * sum(lengths) + 4.0 * config.heads * size * scores)
 
 
 def ours(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxrank.models.qwen3 import Qwen3, Qwen3Config
@@ -37,3 +38,14 @@ TOY = {
     **{name: qwen3(64, 3, 4, 128, tied=True, kv_heads=2, head_size=16) for name in MODELS if name.startswith("qwen3")},
 }
 """The same families, small enough for a test."""
+
+
+def model_flops(config: Any, lengths: Sequence[int], causal: bool) -> float:
+    """Of matrices and needed scores, all layers; the head and the last layer's savings are not counted."""
+    size = getattr(config, "head_size", config.width // config.heads)
+    kv_heads = getattr(config, "kv_heads", config.heads)
+    matrices = config.width * size * (2 * config.heads + 2 * kv_heads) + config.width * config.ffn * (
+        3 if causal else 2
+    )
+    scores = sum(n * n for n in lengths) * (0.5 if causal else 1.0)
+    return config.layers * (2.0 * matrices * sum(lengths) + 4.0 * config.heads * size * scores)

@@ -193,7 +193,16 @@ class TestGrid:
 
     @pytest.mark.parametrize(
         "rows, on_tpu, on_gpu",
-        [(8, 8, 16), (12, 12, 16), (256, 256, 128), (384, 128, 128), (768, 256, 128), (1400, 128, 128), (320, 64, 128)],
+        [
+            (8, 64, 16),
+            (12, 64, 16),
+            (96, 128, 128),
+            (256, 256, 128),
+            (384, 128, 128),
+            (768, 256, 128),
+            (1400, 128, 128),
+            (320, 64, 128),
+        ],
     )
     def test_tile_sizes(self, rows, on_tpu, on_gpu):
         assert (tpu.tile_size(rows), gpu.tile_size(rows)) == (on_tpu, on_gpu)
