@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import finish
+from machine import finish, median_seconds
 
 from jaxrank.kernels import attention, make_layout
 from jaxrank.kernels.tpu import tile_size
@@ -39,17 +38,6 @@ def documents(tokens: int, prefix: int = 0, seed: int = 0) -> list[Encoded]:
 
 def spans_of(tokens: int, prefix: int) -> np.ndarray:
     return np.asarray(pack(documents(tokens, prefix), tokens, causal=prefix > 0).layout.spans)
-
-
-def median_seconds(work: Callable[[], Any], turns: int) -> float:
-    """Of `work` after one warm-up."""
-    jax.block_until_ready(work())
-    taken = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        jax.block_until_ready(work())
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
 
 
 def lists(tokens: int, prefix: int, turns: int) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from machine import finish, save
+from machine import finish, median_seconds, save
 from shapes import MODELS, TOY, model_flops
 
 from jaxrank.kernels import attention, make_layout
-from jaxrank.packing import bucket_of, pack, plan, row_size
-from jaxrank.scoring import LADDER, compile_whole
+from jaxrank.packing import LADDER, bucket_of, pack, plan, row_size
+from jaxrank.scoring import compile_whole
 from jaxrank.types import Encoded
 
 ATTENTION = "gpu" if jax.default_backend() == "gpu" else None
@@ -45,17 +44,6 @@ ATTENTION = "gpu" if jax.default_backend() == "gpu" else None
 def pairs_of(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[Encoded]:
     rng = np.random.default_rng(seed)
     return [Encoded(rng.integers(3, vocab, n).astype(np.int32), n - 1) for n in lengths]
-
-
-def median_seconds(work: Callable[[], Any], turns: int) -> float:
-    """Of `work`, which waits for its result, after one warm-up."""
-    work()
-    taken = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
 
 
 def matmul_rate(size: int, turns: int) -> float:

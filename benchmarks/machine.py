@@ -7,12 +7,26 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 LIBRARIES = ("jax", "flax", "numpy", "torch", "transformers", "sentence-transformers", "tokenizers")
+
+
+def median_seconds(work: Callable[[], Any], turns: int) -> float:
+    """Of `work`, with its result waited for, after one warm-up."""
+    jax.block_until_ready(work())
+    taken = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def facts() -> dict[str, Any]:

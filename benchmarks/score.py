@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 import prompted
 import torch
 from checkpoints import BGE_SHAPES, QWEN3_SHAPES, bge_checkpoint, qwen3_checkpoint
-from machine import finish, save
+from machine import finish, median_seconds, save
 from sentence_transformers import CrossEncoder
 
 from jaxrank import Reranker
@@ -49,17 +49,6 @@ def xquad_pairs(folder: Path, count: int) -> Pairs:
     return [pairs[i] for i in np.linspace(0, len(pairs) - 1, count).astype(int)]
 
 
-def seconds(work: Callable[[], Any], turns: int = 5) -> float:
-    """Median seconds of `work` after one warm-up."""
-    jax.block_until_ready(work())
-    taken = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        jax.block_until_ready(work())
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
 def breakdown(reranker: Reranker, pairs: Pairs, shape: str, dtype: str, whole: float) -> dict[str, float]:
     """Shares of `whole` seconds, each part measured alone on rows like those that were scored."""
     config = BGE_SHAPES[shape]
@@ -75,7 +64,7 @@ def breakdown(reranker: Reranker, pairs: Pairs, shape: str, dtype: str, whole: f
     products = 0.0
     for inner, outer, times in ((wide, wide, 4), (wide, ffn, 1), (ffn, wide, 1)):
         x, w = (jnp.asarray(normal(s, np.float32), dtype) for s in ((row, inner), (inner, outer)))
-        products += times * seconds(lambda x=x, w=w: multiply(x, w))
+        products += times * median_seconds(lambda x=x, w=w: multiply(x, w), 5)
     # the last layer multiplies all rows by the key and value kernels alone
     last = 2 * wide * wide / (4 * wide * wide + 2 * wide * ffn)
     products *= (layers - 1 + last) * sum(tokens) / row
@@ -84,10 +73,10 @@ def breakdown(reranker: Reranker, pairs: Pairs, shape: str, dtype: str, whole: f
     attend = jax.jit(lambda q, layout: attention(q, q, q, layout, scale=0.1))
     layouts = [pack([encoded[i] for i in row], size).layout for row, size in zip(rows, tokens, strict=True)]
     attending = (layers - 1) * sum(
-        seconds(lambda q=q[:size], layout=layout: attend(q, layout), turns=3)
+        median_seconds(lambda q=q[:size], layout=layout: attend(q, layout), 3)
         for size, layout in zip(tokens, layouts, strict=True)
     )
-    tokenising = seconds(lambda: reranker.encode_pairs(pairs))
+    tokenising = median_seconds(lambda: reranker.encode_pairs(pairs), 5)
     parts = {"products": products, "attention": attending, "tokenising": tokenising}
     parts["element-wise and rest"] = whole - sum(parts.values())
     return {name: round(part / whole, 3) for name, part in parts.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from jaxrank.convert.rules import ROW, Rule, linear, row_difference
 from jaxrank.errors import CheckpointError
 from jaxrank.models.qwen3 import Qwen3Config
@@ -29,7 +31,8 @@ IGNORED = frozenset(["lm_head.weight"])
 
 def rules(config: Qwen3Config, folder: Path) -> list[Rule]:
     """The whole table of a causal model, whose head is W[yes] - W[no] of its own tokenizer's tokens."""
-    yes, no = (answer_id(folder, answer, config.vocab_size) for answer in ("yes", "no"))
+    tokenizer, _ = load_tokenizer(folder)
+    yes, no = (answer_id(tokenizer, folder, answer, config.vocab_size) for answer in ("yes", "no"))
     table = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
     return [*_body(config), Rule(table, "head", row_difference(config.vocab_size, yes, no))]
 
@@ -46,9 +49,9 @@ def _body(config: Qwen3Config) -> list[Rule]:
     return [Rule("model.embed_tokens.weight", "word"), Rule("model.norm.weight", "norm/scale"), *layers]
 
 
-def answer_id(folder: Path, answer: str, vocab_size: int) -> int:
+def answer_id(tokenizer: Tokenizer, folder: Path, answer: str, vocab_size: int) -> int:
     """The id of an answer, which must be one token; the model's scores would mean nothing otherwise."""
-    ids = load_tokenizer(folder)[0].encode(answer, add_special_tokens=False).ids
+    ids = tokenizer.encode(answer, add_special_tokens=False).ids
     if len(ids) != 1 or ids[0] >= vocab_size:
         raise CheckpointError(
             f"{folder}: its tokenizer writes {answer!r} as the tokens {ids}; a yes/no reranker needs one token of its "

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jaxrank import checkpoint, convert
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.models import settings_of
-from jaxrank.prompts import Texts, load_prompt, unwrap
+from jaxrank.prompts import load_prompt
 from jaxrank.scoring import Scorer, use_compilation_cache
 from jaxrank.tokens import PairTokenizer, PromptTokenizer, check_text
 from jaxrank.types import Encoded, Ranked
@@ -154,13 +154,10 @@ class Reranker:
             if instruct is not None:
                 raise RequestError(f"{self.name} reads query and document without an instruct; leave it out")
             return self.tokenizer.encode(query, documents, truncate=truncate)
-        check_text(query, "query")
-        for i, document in enumerate(documents):
-            check_text(document, f"documents[{i}]")
         if instruct is not None:
             check_instruct(self.tokenizer, instruct)
-        texts = unwrap(Texts(self.instruct if instruct is None else instruct, query, documents))
-        return self.tokenizer.encode(texts.query, texts.documents, truncate=truncate, instruct=texts.instruct)
+        instruct = self.instruct if instruct is None else instruct
+        return self.tokenizer.encode(query, documents, truncate=truncate, instruct=instruct)
 
     def score_encoded(self, encoded: Sequence[Encoded], *, progress: bool = False) -> Float32[np.ndarray, " n"]:
         """The float32 logits of encoded pairs, in their order. A bar is shown for long jobs if asked for."""

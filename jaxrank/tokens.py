@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxrank.errors import CheckpointError, RequestError, TooLongError
-from jaxrank.prompts import Piece, Prompt, Slot
+from jaxrank.prompts import Piece, Prompt, Slot, Texts, unwrap
 from jaxrank.types import NO_PREFIX, Encoded
 
 CHARACTERS_PER_TOKEN = 32
@@ -208,15 +208,18 @@ class PromptTokenizer:
     def encode(
         self, query: str, documents: Sequence[str], *, truncate: bool = True, instruct: str | None = None
     ) -> list[Encoded]:
-        """One Encoded for each document, in order.
+        """One Encoded for each document, in order; texts in the publisher's frame are taken out of it (see unwrap).
 
         Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
         32 characters a token of the limit). truncate=False raises TooLongError instead.
         """
-        texts = {Slot.QUERY: self._clipped(check_text(query, "query"))}
+        check_text(query, "query")
+        documents = [check_text(text, f"documents[{i}]") for i, text in enumerate(documents)]
+        instruct, query, documents = unwrap(Texts(instruct, query, documents))
+        texts = {Slot.QUERY: self._clipped(query)}
         if instruct is not None:
             texts[Slot.INSTRUCT] = self._clipped(check_text(instruct, "instruct"))
-        documents = [self._clipped(check_text(text, f"documents[{i}]")) for i, text in enumerate(documents)]
+        documents = [self._clipped(text) for text in documents]
         segments = self._plain if instruct is None else self._instructed
         at = next(i for i, s in enumerate(segments) if isinstance(s, tuple) and Slot.DOCUMENT in s)
         run = segments[at]
