@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from jaxrank.errors import ModelError, RequestError
 from jaxrank.models.layers import stack
 from jaxrank.packing import LADDER, bucket_of, buckets, pack, plan, row_size
+from jaxrank.sharding import over_mesh
 from jaxrank.types import Encoded, Packed
 
 WINDOW = 2048
@@ -85,13 +87,17 @@ def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
     return compile
 
 
-def whole(model: Any) -> tuple[Any, Any]:
+def whole(model: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
     """The jitted (state, packed row) -> logits with a scan over the stacked layers, and the state. Takes the model's
-    layers away. A model of outlines gives a state of outlines."""
+    layers away. A model of outlines gives a state of outlines. With a mesh: see sharding.over_mesh."""
     outlined = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
     model.layers = nnx.eval_shape(stack, model.layers) if outlined else stack(model.layers)
     graph, state = nnx.split(model)
-    return jax.jit(lambda state, batch: nnx.merge(graph, state)(batch)), state
+
+    def score(state: Any, batch: Packed) -> jax.Array:
+        return nnx.merge(graph, state)(batch)
+
+    return jax.jit(score if mesh is None else over_mesh(score, state, mesh)), state
 
 
 def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     ["types", "errors", "version"],
-    ["kernels", "prompts"],
+    ["kernels", "prompts", "sharding"],
     ["models", "tokens"],
     ["packing"],
     ["scoring", "checkpoint"],

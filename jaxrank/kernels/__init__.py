@@ -1,5 +1,6 @@
-"""Attention over packed rows: one public function, checked and dispatched here.
+"""Attention over packed rows, and what stands before it: public functions, checked and dispatched here.
 
+rotary.py   QK-norm and rotary embedding, for XLA and Pallas
 tiles.py    spans -> tiles at document borders, for XLA
 xla.py      tiled, for CPU; dense, the oracle, for any backend
 grid.py     spans -> (query tile, key tile) pairs, for Pallas
@@ -17,21 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
-from jaxrank.kernels import gpu, tiles, tpu, xla
+from jaxrank.kernels import gpu, rotary, tiles, tpu, xla
 from jaxrank.kernels.grid import make_grid
+from jaxrank.kernels.rotary import Rotary
 from jaxrank.kernels.tiles import LONG_ROW
 from jaxrank.types import Layout
 
-__all__ = ["IMPLEMENTATIONS", "LONG_ROW", "attention", "is_for_cpu", "make_layout", "operand_dtype"]
+__all__ = ["IMPLEMENTATIONS", "LONG_ROW", "attention", "is_for_cpu", "make_layout", "norm_rotary", "operand_dtype"]
 
 
 class Implementation(NamedTuple):
-    """An attention body, and what makes its tile list from spans and the number of keys."""
+    """An attention body, what makes its tile list from spans and the number of keys, and the body of norm_rotary."""
 
     body: Callable[..., Array]
     make_layout: Callable[[np.ndarray, int], Layout]
+    norm_rotary: Callable[..., Array] = rotary.xla
 
 
 _TPU_GRID, _GPU_GRID = (partial(make_grid, tile_size=kernel.tile_size) for kernel in (tpu, gpu))
@@ -39,8 +42,10 @@ _TPU_GRID, _GPU_GRID = (partial(make_grid, tile_size=kernel.tile_size) for kerne
 IMPLEMENTATIONS = {
     "tiled": Implementation(xla.tiled, tiles.make_layout),
     "dense": Implementation(xla.dense, tiles.make_layout),
-    "tpu": Implementation(tpu.attention, _TPU_GRID),
-    "tpu-interpreted": Implementation(partial(tpu.attention, interpret=True), _TPU_GRID),
+    "tpu": Implementation(tpu.attention, _TPU_GRID, rotary.tpu),
+    "tpu-interpreted": Implementation(
+        partial(tpu.attention, interpret=True), _TPU_GRID, partial(rotary.tpu, interpret=True)
+    ),
     "gpu": Implementation(gpu.attention, _GPU_GRID),
     "gpu-interpreted": Implementation(partial(gpu.attention, interpret=True), _GPU_GRID),
 }
@@ -86,6 +91,26 @@ def attention(
     if (layout.tiles.ndim == 1) != (chosen.make_layout is not tiles.make_layout):
         raise ValueError("attention: the layout was made for another implementation; see make_layout")
     return chosen.body(q, k, v, layout, scale=scale)
+
+
+def norm_rotary(
+    x: Float32[Array, "R N H"],
+    scale: Float32[Array, " H"],
+    by: Rotary,
+    *,
+    eps: float,
+    dtype: DTypeLike,
+    implementation: str | None = None,
+) -> Float[Array, "R N H"]:
+    """Every head over its root mean square (eps under the root) and times scale, then dimensions i and i + H/2 turned
+    by the angle i of the row: queries and keys as Qwen3 attends with them. In float32; the result is in dtype.
+    """
+    if x.shape[2:] != scale.shape or not x.shape[::2] == by.cos.shape == by.sin.shape:
+        raise ValueError(
+            f"norm_rotary: got x {x.shape}, scale {scale.shape}, tables {by.cos.shape}, {by.sin.shape}; "
+            "want [R, N, H], [H], [R, H], [R, H]"
+        )
+    return pick(implementation).norm_rotary(x, scale, by, eps=eps, dtype=dtype)
 
 
 def is_for_cpu(implementation: str | None) -> bool:

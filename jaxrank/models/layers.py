@@ -31,12 +31,16 @@ def refuse(fields: Mapping[str, tuple[Any, Any]]) -> None:
 
 
 def weight(
-    rngs: nnx.Rngs | None, shape: Sequence[int], dtype: DTypeLike, scale: float = INIT_SCALE
+    rngs: nnx.Rngs | None, shape: Sequence[int], dtype: DTypeLike, *, shard: int | None = None
 ) -> nnx.Param[Array]:
-    """A normal-distributed parameter, for training from scratch and tests; zeros without rngs, for outlines."""
+    """A normal-distributed parameter, for training from scratch and tests; zeros without rngs, for outlines.
+
+    shard: the axis, counted from the last, that several devices share (see jaxrank.sharding).
+    """
     if rngs is None:
-        return nnx.Param(jnp.zeros(tuple(shape), dtype))
-    return nnx.Param(jax.random.normal(rngs.params(), tuple(shape), jnp.float32).astype(dtype) * scale)
+        return nnx.Param(jnp.zeros(tuple(shape), dtype), shard=shard)
+    values = jax.random.normal(rngs.params(), tuple(shape), jnp.float32).astype(dtype) * INIT_SCALE
+    return nnx.Param(values, shard=shard)
 
 
 def einsum(spec: str, x: Array, kernel: Array) -> Float32[Array, ...]:

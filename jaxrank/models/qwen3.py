@@ -10,18 +10,19 @@ vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import attention, operand_dtype
+from jaxrank.kernels import attention, norm_rotary, operand_dtype
+from jaxrank.kernels.rotary import Rotary, rotary
 from jaxrank.models.layers import einsum, in_runs, refuse, run_layers, save_memory, table_rows, weight
+from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike, Config, Layout, Packed
 
 KV_GROUP = 4
@@ -95,27 +96,6 @@ class Qwen3Config:
         )
 
 
-class Rotary(NamedTuple):
-    """Cosine and sine of position times frequency, what every layer turns its queries and keys by."""
-
-    cos: Float32[Array, "T half"]
-    sin: Float32[Array, "T half"]
-
-
-def rotary(positions: Int32[ArrayLike, " T"], head_size: int, theta: float) -> Rotary:
-    """Rotary tables (Su et al. 2021, "RoFormer"), frequencies theta^(-2i/H)."""
-    frequencies = (theta ** (-np.arange(0, head_size, 2) / head_size)).astype(np.float32)
-    angles = jnp.asarray(positions)[:, None].astype(jnp.float32) * frequencies
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
-
-
-def turn(x: Float32[Array, "R N H"], by: Rotary) -> Float32[Array, "R N H"]:
-    """Dimensions i and i + H/2 of every head, turned by the angle i of the row's position."""
-    cos, sin = by.cos[:, None], by.sin[:, None]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-
-
 class RMSNorm(nnx.Module):
     """x over its root mean square, in float32 (Zhang and Sennrich 2019)."""
 
@@ -133,12 +113,12 @@ class Attention(nnx.Module):
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         wide, size = config.width, config.head_size
         self.norm = RMSNorm(wide, config.eps)
-        self.query = weight(rngs, (wide, config.heads, size), dtype)
-        self.key = weight(rngs, (wide, config.kv_heads, size), dtype)
-        self.value = weight(rngs, (wide, config.kv_heads, size), dtype)
+        self.query = weight(rngs, (wide, config.heads, size), dtype, shard=-2)
+        self.key = weight(rngs, (wide, config.kv_heads, size), dtype, shard=-2)
+        self.value = weight(rngs, (wide, config.kv_heads, size), dtype, shard=-2)
         self.query_norm = RMSNorm(size, config.eps)
         self.key_norm = RMSNorm(size, config.eps)
-        self.out = weight(rngs, (config.heads, size, wide), dtype)
+        self.out = weight(rngs, (config.heads, size, wide), dtype, shard=-3)
         self.scale = size**-0.5
         self.implementation = implementation
 
@@ -162,9 +142,16 @@ class Attention(nnx.Module):
 
             def some(_: Array, y: Array, *angles: Array) -> Array:
                 z = einsum("TD,DNH->TNH", self.norm(y).astype(dtype), kernel)
-                if norm is not None:
-                    z = turn(norm(z), Rotary(*angles))
-                return z.astype(empty.dtype)
+                if norm is None:
+                    return z.astype(empty.dtype)
+                return norm_rotary(
+                    z,
+                    norm.scale[...],
+                    Rotary(*angles),
+                    eps=norm.eps,
+                    dtype=empty.dtype,
+                    implementation=self.implementation,
+                )
 
             return in_runs(some, empty, y, *(by or ()), used=layout.used, implementation=self.implementation)
 
@@ -178,7 +165,7 @@ class Attention(nnx.Module):
             drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
             out = part(self.out, 0, group * grouped)
             return in_runs(
-                lambda x, y: x + einsum("TNH,NHD->TD", y.astype(dtype), out),
+                lambda x, y: x + sum_over_shards(einsum("TNH,NHD->TD", y.astype(dtype), out)),
                 x,
                 drawn,
                 used=layout.used,
@@ -193,14 +180,14 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None):
         self.norm = RMSNorm(config.width, config.eps)
-        self.gate = weight(rngs, (config.width, config.ffn), dtype)
-        self.up = weight(rngs, (config.width, config.ffn), dtype)
-        self.down = weight(rngs, (config.ffn, config.width), dtype)
+        self.gate = weight(rngs, (config.width, config.ffn), dtype, shard=-1)
+        self.up = weight(rngs, (config.width, config.ffn), dtype, shard=-1)
+        self.down = weight(rngs, (config.ffn, config.width), dtype, shard=-2)
 
     def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
         y = self.norm(x).astype(self.gate.dtype)
         inner = jax.nn.silu(einsum("TD,DF->TF", y, self.gate[...])) * einsum("TD,DF->TF", y, self.up[...])
-        return x + einsum("TF,FD->TD", inner.astype(self.down.dtype), self.down[...])
+        return x + sum_over_shards(einsum("TF,FD->TD", inner.astype(self.down.dtype), self.down[...]))
 
 
 class Layer(nnx.Module):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32
 from jaxrank.errors import UnsupportedError
 from jaxrank.kernels import attention, operand_dtype
 from jaxrank.models.layers import LayerNorm, einsum, gelu, in_runs, refuse, run_layers, save_memory, table_rows, weight
+from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike, Config, Layout, Packed
 
 HEAD_GROUP = 4
@@ -75,26 +76,40 @@ class XLMRobertaConfig:
 
 
 class Projection(nnx.Module):
-    """x @ kernel + bias with any number of axes on either side; the result is float32."""
+    """x @ kernel + bias with any number of axes on either side; the result is float32.
+
+    shard: the letter in spec of the axis that several devices share.
+    """
 
     def __init__(
-        self, spec: str, shape: tuple[int, ...], bias: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs | None
+        self,
+        spec: str,
+        shape: tuple[int, ...],
+        bias: tuple[int, ...],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+        *,
+        shard: str = "",
     ):
         self.spec = spec
-        self.kernel = weight(rngs, shape, dtype)
-        self.bias = nnx.Param(jnp.zeros(bias, jnp.float32))
+        _, kernel, out = spec.replace("->", ",").split(",")
+        self.kernel = weight(rngs, shape, dtype, shard=kernel.index(shard) - len(kernel) if shard else None)
+        cut = shard and shard in out
+        self.bias = nnx.Param(jnp.zeros(bias, jnp.float32), shard=out.index(shard) - len(out) if cut else None)
+        self.sums_shards = bool(shard) and not cut
 
     def __call__(self, x: Array) -> Float32[Array, "R ..."]:
-        return einsum(self.spec, x.astype(self.kernel.dtype), self.kernel[...]) + self.bias[...]
+        product = einsum(self.spec, x.astype(self.kernel.dtype), self.kernel[...])
+        return (sum_over_shards(product) if self.sums_shards else product) + self.bias[...]
 
 
 class Attention(nnx.Module):
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         wide, heads, size = config.width, config.heads, config.width // config.heads
         self.query, self.key, self.value = (
-            Projection("TD,DNH->TNH", (wide, heads, size), (heads, size), dtype, rngs) for _ in range(3)
+            Projection("TD,DNH->TNH", (wide, heads, size), (heads, size), dtype, rngs, shard="N") for _ in range(3)
         )
-        self.out = Projection("TNH,NHD->TD", (heads, size, wide), (wide,), dtype, rngs)
+        self.out = Projection("TNH,NHD->TD", (heads, size, wide), (wide,), dtype, rngs, shard="N")
         self.scale = size**-0.5
         self.implementation = implementation
 
@@ -122,7 +137,7 @@ class Attention(nnx.Module):
             drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
             kernel = jax.lax.dynamic_slice_in_dim(self.out.kernel[...], i * group, group, 0)
             return in_runs(
-                lambda x, y: x + einsum(self.out.spec, y.astype(dtype), kernel),
+                lambda x, y: x + sum_over_shards(einsum(self.out.spec, y.astype(dtype), kernel)),
                 x,
                 drawn,
                 used=layout.used,
@@ -139,8 +154,8 @@ class Layer(nnx.Module):
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
         self.attention_norm = LayerNorm(config.width, config.eps)
-        self.up = Projection("TD,DF->TF", (config.width, config.ffn), (config.ffn,), dtype, rngs)
-        self.down = Projection("TF,FD->TD", (config.ffn, config.width), (config.width,), dtype, rngs)
+        self.up = Projection("TD,DF->TF", (config.width, config.ffn), (config.ffn,), dtype, rngs, shard="F")
+        self.down = Projection("TF,FD->TD", (config.ffn, config.width), (config.width,), dtype, rngs, shard="F")
         self.norm = LayerNorm(config.width, config.eps)
         self.implementation = implementation
 
