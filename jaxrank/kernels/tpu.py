@@ -8,6 +8,7 @@ is a traced scalar: one program serves every mix of lengths.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxrank.types import Layout
 
 TILES = (256, 128, 64)
 LANES = 128
-MASKED = -1e30
+MASKED, FLOOR = -1e30, -1e29
 VMEM_BYTES = 64 << 20
 
 
@@ -112,13 +113,12 @@ def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, grou
             scores = lax.dot_general(
                 query, k[:, kv_at : kv_at + block], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
             )
-            scores = jnp.where(allowed, scores * scale, MASKED)
-            most = scores.max(1, keepdims=True)
-            before = most if first else highest[head][:, :1]
-            most = jnp.maximum(before, most)
-            # a row that sees nothing here has MASKED as its maximum, and would count every key as 1
-            weights = jnp.where(allowed, jnp.exp(scores - most), 0.0)
-            weighed = weights.sum(1, keepdims=True)
+            scores = jnp.where(allowed, scores * (scale * math.log2(math.e)), MASKED)
+            # not below FLOOR: a row that sees nothing here would count every key as 1
+            most = jnp.broadcast_to(scores.max(1, keepdims=True), (len(query), LANES))
+            most = jnp.maximum(FLOOR if first else highest[head], most)
+            weights = jnp.exp2(scores - jnp.tile(most, (1, pl.cdiv(width, LANES)))[:, :width])
+            weighed = jnp.broadcast_to(weights.sum(1, keepdims=True), (len(query), LANES))
             drawn = lax.dot_general(
                 weights.astype(v.dtype),
                 v[:, kv_at : kv_at + block],
@@ -126,11 +126,11 @@ def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, grou
                 preferred_element_type=jnp.float32,
             )
             if not first:
-                shrink = jnp.exp(before - most)
-                weighed += total[head][:, :1] * shrink
+                shrink = jnp.exp2(highest[head] - most)
+                weighed += total[head] * shrink
                 drawn += sums[:, at : at + block] * shrink
-            highest[head] = jnp.broadcast_to(most, (len(query), LANES))
-            total[head] = jnp.broadcast_to(weighed, (len(query), LANES))
+            highest[head] = most
+            total[head] = weighed
             sums[:, at : at + block] = drawn if mine is None else jnp.where(mine, drawn, sums[:, at : at + block])
 
     pl.when(item & FIRST != 0)(lambda: step(first=True))
@@ -140,7 +140,7 @@ def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, grou
     def _():
         for head in range(q.shape[1] // size):
             at = head * size // block * block
-            weighed = total[head][:, :1]
+            weighed = total[head]
             mean = sums[:, at : at + block] / jnp.where(weighed > 0, weighed, 1.0)
             if size < block:
                 place = head * size - at
