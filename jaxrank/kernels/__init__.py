@@ -37,7 +37,8 @@ class Implementation(NamedTuple):
     norm_rotary: Callable[..., Array] = rotary.xla
 
 
-_TPU_GRID, _GPU_GRID = (partial(make_grid, tile_size=kernel.tile_size) for kernel in (tpu, gpu))
+_TPU_GRID = partial(make_grid, tile_size=tpu.tile_size)
+_GPU_GRID = partial(make_grid, tile_size=gpu.tile_size, key_tile_size=gpu.key_tile_size)
 
 IMPLEMENTATIONS = {
     "tiled": Implementation(xla.tiled, tiles.make_layout),

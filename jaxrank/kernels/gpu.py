@@ -1,7 +1,8 @@
 """Attention over packed rows for NVIDIA GPUs, in Pallas through Triton: one program for each (query tile, head).
 
 A program loops over its query tile's part of the tile list with a running maximum and sum (Dao et al. 2022). Its
-length comes from the list, so cost follows the sum of squared lengths.
+length comes from the list, so cost follows the sum of squared lengths. What the compiler makes of it for an H100, and
+why the sizes are these: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from jaxtyping import Array, Float
 
 from jaxrank.types import Layout
 
-TILE = 128
-"""Rows of a query tile at most, and of a key tile; keys are read KEYS at a time."""
-KEYS = 64
+TILE, KEY_TILE = 128, 64
+"""Rows of a query tile and of a key tile at most; float32 keys are read half a tile at a time."""
 WARPS = 8
 MASKED = -1e30
 
 
-def tile_size(rows: int) -> int:
-    """Rows of a tile: TILE, or the next power of 2 of a shorter array, since Triton knows no others."""
-    return min(TILE, max(16, 1 << (rows - 1).bit_length()))
+def tile_size(rows: int, most: int = TILE) -> int:
+    """Rows of a query tile: TILE, or the next power of 2 of a shorter array, since Triton knows no others."""
+    return min(most, max(16, 1 << (rows - 1).bit_length()))
+
+
+def key_tile_size(keys: int) -> int:
+    """The same of a key tile."""
+    return tile_size(keys, KEY_TILE)
 
 
 def attention(
@@ -42,7 +47,7 @@ def attention(
     """Head sizes that are no power of 2, and rows and keys that are no whole tiles, are padded."""
     rows, heads, size = q.shape
     keys, kv_heads, _ = k.shape
-    height, width = tile_size(rows), tile_size(keys)
+    height, width = tile_size(rows), key_tile_size(keys)
     wide = max(16, 1 << (size - 1).bit_length())
     q = jnp.pad(q, ((0, -rows % height), (0, 0), (0, wide - size)))
     k, v = (jnp.pad(x, ((0, -keys % width), (0, 0), (0, wide - size))) for x in (k, v))
@@ -52,37 +57,43 @@ def attention(
     all_keys = pl.BlockSpec((k.shape[0], None, wide), lambda tile, head: (0, lax.div(head, groups), 0))
     whole = pl.BlockSpec(None, None)
     out = pl.pallas_call(
-        functools.partial(_kernel, width=width, scale=scale),
+        functools.partial(_kernel, width=width, scale=scale, interpret=interpret),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(q.shape[0] // height, heads),
         in_specs=[whole, whole, pl.BlockSpec((height, 4), lambda tile, head: (tile, 0)), one_head, all_keys, all_keys],
         out_specs=one_head,
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2 if q.dtype == jnp.float32 else 3),
         interpret=interpret,
         name="packed_attention",
     )(jnp.asarray(layout.tiles), jnp.asarray(layout.starts), spans, q, k, v)
     return out[:rows, :, :size]
 
 
-def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float):
+def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float, interpret: bool):
     """One query tile of one head."""
     tile = pl.program_id(0)
     height, wide = q.shape
     query = q[...]
     a0, a1, b0, b1 = (spans[:, i][:, None] for i in range(4))
-    piece = min(width, KEYS)
-    # float32 is asked for where exactness counts; the tensor cores' TF32 would keep 10 bits
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    exp2 = jnp.exp2 if interpret else _exp2
+    piece, precision = width, None
+    if q.dtype == jnp.float32:
+        # three TF32 products keep float32 to about 1e-6; one would keep 10 bits, and FMAs would spill
+        piece = max(16, width // 2)
+        precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+    def within(keys: Array, start: Array, end: Array) -> Array:
+        """start <= keys < end in one comparison: what lies before the start is large without a sign."""
+        return (keys - start).astype(jnp.uint32) < (end - start).astype(jnp.uint32)
 
     def some_keys(first: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, sums = carry
         keys = first + jnp.arange(piece)[None, :]
-        allowed = ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
         scores = plgpu.dot(query, k[pl.ds(first, piece), :].T, precision=precision) * (scale * math.log2(math.e))
-        scores = jnp.where(allowed, scores, MASKED)
+        scores = jnp.where(within(keys, a0, a1) | within(keys, b0, b1), scores, MASKED)
         higher = jnp.maximum(highest, scores.max(1))
-        weights = jnp.where(allowed, jnp.exp2(scores - higher[:, None]), 0.0)
-        shrink = jnp.exp2(highest - higher)
+        weights = exp2(scores - higher[:, None])
+        shrink = exp2(highest - higher)
         drawn = plgpu.dot(weights.astype(v.dtype), v[pl.ds(first, piece), :], precision=precision)
         return higher, total * shrink + weights.sum(1), sums * shrink[:, None] + drawn
 
@@ -93,6 +104,19 @@ def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float):
         return carry
 
     none = jnp.zeros(height, jnp.float32)
-    carry = (none + MASKED, none, jnp.zeros((height, wide), jnp.float32))
+    # the maximum starts below all scores but above MASKED, which so weighs 0 even in a row that has seen no key yet
+    carry = (none + MASKED / 2, none, jnp.zeros((height, wide), jnp.float32))
     _, total, sums = lax.fori_loop(starts[tile], starts[tile + 1], one_item, carry)
     out[...] = (sums / jnp.where(total > 0, total, 1.0)[:, None]).astype(out.dtype)
+
+
+def _exp2(x: Array) -> Array:
+    """2**x in one instruction; jnp.exp2 spends three more on results below 2**-126, which are 0 here."""
+    [power] = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return power

@@ -18,15 +18,21 @@ FIRST, LAST = 1, 2
 """Bits of an item: the first and the last key tile of its query tile. Above them 14 bits of each tile's number."""
 
 
-def make_grid(spans: Int32[np.ndarray, "R 4"], keys: int, tile_size: Callable[[int], int]) -> Layout:
+def make_grid(
+    spans: Int32[np.ndarray, "R 4"],
+    keys: int,
+    tile_size: Callable[[int], int],
+    key_tile_size: Callable[[int], int] | None = None,
+) -> Layout:
     """The layout of an attention call over `keys` keys, tiles[i] being a packed (query tile, key tile, last, first).
 
-    tile_size: rows of a tile, for an array of that many rows; the last tile may reach beyond the array.
+    tile_size: rows of a query tile, for an array of that many rows; the last tile may reach beyond the array.
+    key_tile_size: the same of a key tile, if it differs.
     Items are sorted by query tile, then key tile; starts[t] is the first item of query tile t, and the last of starts
     their number. There is room for every pair, so that shapes depend on those of the call alone.
     """
     rows = len(spans)
-    height, width = tile_size(rows), tile_size(keys)
+    height, width = tile_size(rows), (key_tile_size or tile_size)(keys)
     down, across = -(-rows // height), -(-keys // width)
     tile_of_row = np.arange(rows) // height * (across + 1)
     edges = np.zeros(down * (across + 1), np.int64)

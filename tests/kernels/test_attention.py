@@ -165,11 +165,15 @@ class TestLayout:
 
 
 class TestGrid:
-    @pytest.mark.parametrize("tile_size", [tpu.tile_size, gpu.tile_size], ids=["tpu", "gpu"])
+    @pytest.mark.parametrize(
+        "tile_size, key_tile_size",
+        [(tpu.tile_size, tpu.tile_size), (gpu.tile_size, gpu.key_tile_size)],
+        ids=["tpu", "gpu"],
+    )
     @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-    def test_pairs_are_those_in_which_a_row_sees_a_key(self, spans, tile_size):
-        layout = make_grid(spans, KEYS, tile_size)
-        height, width = tile_size(len(spans)), tile_size(KEYS)
+    def test_pairs_are_those_in_which_a_row_sees_a_key(self, spans, tile_size, key_tile_size):
+        layout = make_grid(spans, KEYS, tile_size, key_tile_size)
+        height, width = tile_size(len(spans)), key_tile_size(KEYS)
         want = set()
         for row, (a0, a1, b0, b1) in enumerate(spans):
             want |= {(row // height, key // width) for key in (*range(a0, a1), *range(b0, b1))}
