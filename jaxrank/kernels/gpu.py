@@ -62,7 +62,7 @@ def attention(
         grid=(q.shape[0] // height, heads),
         in_specs=[whole, whole, pl.BlockSpec((height, 4), lambda tile, head: (tile, 0)), one_head, all_keys, all_keys],
         out_specs=one_head,
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2 if q.dtype == jnp.float32 else 3),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1 if q.dtype == jnp.float32 else 3),
         interpret=interpret,
         name="packed_attention",
     )(jnp.asarray(layout.tiles), jnp.asarray(layout.starts), spans, q, k, v)
