@@ -5,6 +5,7 @@
     D  model width                       H  size of one head            I  attention tiles
     R  query rows of an attention call (T, or S in the last layer)      C  tile classes
     B  query rows of one tile            W  keys of one tile            G  query heads a key/value head (N / K)
+    P  patches in a packed row           E  values of a patch           U  feature vectors of a media token
 
 The same letters are used in annotations, einsum strings and comments.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 ArrayLike = jax.Array | np.ndarray
 
@@ -79,19 +80,65 @@ class Layout:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class MediaTokens:
+    """Which tokens of a row stand for images or video, and what the vision tower made of them.
+
+    features[t, 0] is token t's embedding, features[t, 1:] what is added to it after the first text layers; all zero
+    where `here` is false.
+    """
+
+    here: Bool[ArrayLike, " T"]
+    features: Float[ArrayLike, "T U D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Packed:
     """One row of T tokens holding whole pairs side by side, with static shapes; filler at the end.
 
-    tokens, positions: int32 [T], positions counted from 0 within a pair, from the start of its prefix if it has one.
-    score_at: int32 [S], the row index of each pair's scored token (0 in unused slots). layout rules attention among
-    the T tokens, score_layout that of the S scored tokens over the same keys.
+    tokens, positions: int32 [T], positions counted from 0 within a pair, from the start of its prefix if it has one;
+    in rows with media [3, T], by time, height and width. score_at: int32 [S], the row index of each pair's scored token
+    (0 in unused slots). layout rules attention among the T tokens, score_layout that of the S scored tokens over the
+    same keys. media: None in rows of text alone.
     """
 
     tokens: Int32[ArrayLike, " T"]
-    positions: Int32[ArrayLike, " T"]
+    positions: Int32[ArrayLike, " T"] | Int32[ArrayLike, "3 T"]
     score_at: Int32[ArrayLike, " S"]
     layout: Layout
     score_layout: Layout
+    media: MediaTokens | None = None
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One image, or the sampled frames of one video, cut into patches for the vision tower.
+
+    pixels: float32 [P, E], normalised, in the order of transformers' image processor: blocks of merge x merge patches
+    that become one token stand together. grid: patches in time, height and width. seconds: for a video the time of
+    each step of the grid, empty for an image.
+    """
+
+    pixels: Float32[np.ndarray, "P E"]
+    grid: tuple[int, int, int]
+    seconds: tuple[float, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PatchRow:
+    """Patches of several images and video steps side by side, with static shapes; filler at the end.
+
+    corners, weights: the four entries of the learned position table between which a patch lies, and their shares.
+    positions: row and column of the patch in its image, for rotary embedding. layout: a patch sees the patches of its
+    own image or video step.
+    """
+
+    pixels: Float32[ArrayLike, "P E"]
+    corners: Int32[ArrayLike, "P 4"]
+    weights: Float32[ArrayLike, "P 4"]
+    positions: Int32[ArrayLike, "P 2"]
+    layout: Layout
 
 
 Config = dict[str, Any]
