@@ -122,8 +122,8 @@ def pack(pairs: Sequence[Encoded], tokens: int, *, causal: bool = False, impleme
             prefixes[key] = (lay(pair.prefix, (0, 0)), end)
         score_at[slot] = lay(pair.tokens, prefixes[key]) + pair.score_at
         score_spans[slot] = spans[score_at[slot]]
-    layouts = (make_layout(rows, tokens, implementation) for rows in (spans, score_spans))
-    return Packed(row, positions, score_at, *layouts)
+    layout, score_layout = (make_layout(rows, tokens, implementation) for rows in (spans, score_spans))
+    return Packed(row, positions, score_at, layout, score_layout)
 
 
 def bucket_of(lengths: int, count: int, ladder: Sequence[int]) -> int:
