@@ -3,6 +3,9 @@ PYTHON ?= python3
 PORT ?= 30000
 MODEL ?=
 
+# TPU's compiler, as this jax wants it; apart from the other packages, since JAX would look for a TPU if it were one
+LIBTPU := 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if "libtpu" in r))'
+
 .PHONY: serve test check clean
 
 serve: .venv/serve
@@ -27,6 +30,7 @@ check: .venv/check
 
 .venv/test: .venv/serve
 	.venv/bin/pip install --quiet -e ".[test]"
+	.venv/bin/pip install --quiet --no-deps --upgrade --target .venv/tpu "$$(.venv/bin/python -c $(LIBTPU))"
 	touch $@
 
 .venv/check: .venv/test
