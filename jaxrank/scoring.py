@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from jaxrank.errors import ModelError, RequestError
+from jaxrank.kernels import is_for_tpu
 from jaxrank.models.layers import stack
 from jaxrank.packing import LADDER, bucket_of, buckets, pack, plan, row_size
 from jaxrank.sharding import over_mesh
@@ -27,6 +28,11 @@ from jaxrank.types import Encoded, Packed
 
 WINDOW = 2048
 """Pairs planned together. More would fill rows no better, and planning takes pairs times rows."""
+
+WIDE = 2048
+TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+"""For models of at least WIDE: four times the usual on-chip memory for a product's tiles. By the compiler's estimate a
+layer of Qwen3-Reranker-4B takes 40 % less time on v5e and 32 % less on v6e; narrower models gain nothing."""
 
 Program = Callable[[Packed], jax.Array]
 """Compiled for one bucket: a packed row in, float32 logits [S] out."""
@@ -97,7 +103,8 @@ def whole(model: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
     def score(state: Any, batch: Packed) -> jax.Array:
         return nnx.merge(graph, state)(batch)
 
-    return jax.jit(score if mesh is None else over_mesh(score, state, mesh)), state
+    options = TPU_OPTIONS if is_for_tpu(model.implementation) and model.config.width >= WIDE else None
+    return jax.jit(score if mesh is None else over_mesh(score, state, mesh), compiler_options=options), state
 
 
 def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:

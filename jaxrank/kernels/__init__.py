@@ -26,7 +26,10 @@ from jaxrank.kernels.rotary import Rotary
 from jaxrank.kernels.tiles import LONG_ROW
 from jaxrank.types import Layout
 
-__all__ = ["IMPLEMENTATIONS", "LONG_ROW", "attention", "is_for_cpu", "make_layout", "norm_rotary", "operand_dtype"]
+__all__ = [
+    "IMPLEMENTATIONS", "LONG_ROW", "attention", "is_for_cpu", "is_for_tpu", "make_layout", "norm_rotary",
+    "operand_dtype",
+]  # fmt: skip
 
 
 class Implementation(NamedTuple):
@@ -117,6 +120,11 @@ def norm_rotary(
 def is_for_cpu(implementation: str | None) -> bool:
     """Whether that implementation runs on CPU. By its name, since a CPU may compile for a TPU."""
     return jax.default_backend() == "cpu" and pick(implementation).body in (xla.tiled, xla.dense)
+
+
+def is_for_tpu(implementation: str | None) -> bool:
+    """Whether that implementation runs on TPU."""
+    return pick(implementation).body is tpu.attention
 
 
 def operand_dtype(dtype: DTypeLike, implementation: str | None) -> DTypeLike:
