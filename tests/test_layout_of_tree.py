@@ -11,7 +11,7 @@ LAYERS = [
     ["types", "errors", "version"],
     ["kernels", "prompts", "sharding"],
     ["models", "tokens"],
-    ["packing"],
+    ["packing", "patches"],
     ["scoring", "checkpoint"],
     ["convert"],
     ["reranker"],

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jaxrank.errors import UnsupportedError
 from jaxrank.kernels import LONG_ROW, is_for_cpu
+from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike
 
 INIT_SCALE = 0.02
@@ -60,6 +61,34 @@ def table_rows(
         return table[at].astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[at]
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+
+
+class Projection(nnx.Module):
+    """x @ kernel + bias with any number of axes on either side; the result is float32.
+
+    shard: the letter in spec of the axis that several devices share.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        shape: tuple[int, ...],
+        bias: tuple[int, ...],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+        *,
+        shard: str = "",
+    ):
+        self.spec = spec
+        _, kernel, out = spec.replace("->", ",").split(",")
+        self.kernel = weight(rngs, shape, dtype, shard=kernel.index(shard) - len(kernel) if shard else None)
+        cut = shard and shard in out
+        self.bias = nnx.Param(jnp.zeros(bias, jnp.float32), shard=out.index(shard) - len(out) if cut else None)
+        self.sums_shards = bool(shard) and not cut
+
+    def __call__(self, x: Array) -> Float32[Array, "R ..."]:
+        product = einsum(self.spec, x.astype(self.kernel.dtype), self.kernel[...])
+        return (sum_over_shards(product) if self.sums_shards else product) + self.bias[...]
 
 
 class LayerNorm(nnx.Module):
