@@ -104,7 +104,7 @@ def between(
 ) -> tuple[Int32[np.ndarray, "P 4"], Float32[np.ndarray, "P 4"]]:
     """The four entries of a side x side table between which a patch lies, and their shares: bilinear interpolation
     that puts the corners of the image on the corners of the table."""
-    at = places * (side - 1) / np.maximum(np.array(size) - 1, 1)
+    at = places.astype(np.float32) * np.float32(side - 1) / np.maximum(np.array(size, np.float32) - 1, 1)
     low = at.astype(np.int32)
     high = np.minimum(low + 1, side - 1)
     share = at - low

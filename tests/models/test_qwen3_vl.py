@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,7 @@ from flax import nnx
 
 from benchmarks.publisher_vl import Prompt, PublishedVL
 from jaxrank import checkpoint, convert
-from jaxrank.errors import UnsupportedError
+from jaxrank.errors import CheckpointError, UnsupportedError
 from jaxrank.kernels.rotary import rotary
 from jaxrank.models import settings_of
 from jaxrank.models.qwen3 import Qwen3
@@ -98,10 +97,12 @@ class Ours:
         self.config: Qwen3VLConfig = model.config
         self.tower = take_tower(model)
         self.compile = (compile_whole if whole else compile_in_parts)(model)
+        self.program: Any = None
+        self.run_tower = jax.jit(lambda row: self.tower(row))
 
     def features(self, media: Sequence[Patches], patches: int = 1024) -> np.ndarray:
         row = pack_row(self.tower.config, media, patches)
-        made = np.asarray(jax.jit(lambda row: self.tower(row))(row)).astype(np.float32)
+        made = np.asarray(self.run_tower(row)).astype(np.float32)
         return np.concatenate(cut_features(made, [one.grid for one in media], MERGE))
 
     def here(self, ids: np.ndarray) -> np.ndarray:
@@ -128,7 +129,8 @@ class Ours:
 
     def logits(self, prefix: Prompt | None, documents: list[Prompt]) -> np.ndarray:
         row = self.row(prefix, documents)
-        return np.asarray(self.compile(row)(row))[: len(documents)]
+        self.program = self.program or self.compile(row)
+        return np.asarray(self.program(row))[: len(documents)]
 
 
 def pack_row(config: VisionConfig, media: Sequence[Patches], patches: int, implementation: str | None = None) -> Any:
@@ -212,7 +214,8 @@ class TestTower:
             tower = Vision(config, dtype="float32", rngs=nnx.Rngs(0), implementation=implementation)
             for place in [*tower.stages[0], *tower.stages[1]]:
                 place.attention.kernel[...] *= 10  # scores that differ
-            return np.asarray(tower(pack_row(config, media, 512, implementation)))[: 31 * 2]
+            row = pack_row(config, media, 512, implementation)
+            return np.asarray(jax.jit(lambda row: tower(row))(row))[: 31 * 2]
 
         want = features(None)
         assert want.std(0).min() > 1e-3
@@ -278,15 +281,16 @@ class TestParity:
         got = Ours(folder, published, whole=True).logits(None, documents)
         assert np.abs(got - ours.logits(None, documents)).max() <= 1e-5
 
-    def test_bfloat16(self, case: Case) -> None:
+    def test_bfloat16(self, tiny: Case) -> None:
         """Closer to float32 than transformers' own bfloat16 is."""
-        folder, published, ours = case
+        folder, published, _ = tiny
         write, rng = Writer(published, 12), np.random.default_rng(13)
         prompts = [write.prompt(9, image(rng, 4, 2 * n), n, video(rng, n, 4, 4), 5) for n in range(1, 9)]
         want = np.array([published.logit(prompt) for prompt in prompts])
         rounded = PublishedVL(folder, torch.bfloat16)
         theirs = np.array([rounded.logit(prompt) for prompt in prompts])
-        mine = np.concatenate([Ours(folder, published, "bfloat16").logits(None, [prompt]) for prompt in prompts])
+        halved = Ours(folder, published, "bfloat16")
+        mine = np.concatenate([halved.logits(None, [prompt]) for prompt in prompts])
         assert np.abs(mine - want).mean() < np.abs(theirs - want).mean()
 
 
@@ -311,7 +315,7 @@ class TestTextAlone:
         pairs = [Encoded(rng.integers(0, 500, n).astype(np.int32), n - 1, prefix=prefix) for n in (20, 50, 7)]
         row = pack(pairs, 256, causal=True)
         got = np.asarray(ours.compile(row)(row))
-        assert np.abs(got - np.asarray(plain(row))).max() <= 1e-6
+        assert np.abs(got - np.asarray(compile_in_parts(plain)(row)(row))).max() <= 1e-6
         want = [published.logit(Prompt(np.concatenate([prefix, pair.tokens]), ())) for pair in pairs]
         assert np.abs(got[:3] - want).max() <= 2e-4
 
@@ -323,3 +327,51 @@ class TestTextAlone:
         assert len(checkpoint.parameters(tower)) > 20
         assert len(checkpoint.parameters(model)) == everything - len(checkpoint.parameters(tower))
         assert take_tower(model) is None
+
+
+class TestConfig:
+    @pytest.fixture
+    def config(self, tiny: Case) -> dict[str, Any]:
+        return convert.read_config(tiny[0])
+
+    def test_old_and_new_files(self, config: dict[str, Any]) -> None:
+        """Older files keep rotary settings as rope_theta and rope_scaling, and none for the tower."""
+        text = {name: value for name, value in config["text_config"].items() if name != "rope_parameters"}
+        text |= {
+            "rope_theta": 5_000_000,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"},
+        }
+        vision = {name: value for name, value in config["vision_config"].items() if name != "rope_parameters"}
+        old = Qwen3VLConfig.read({**config, "text_config": text, "vision_config": vision})
+        assert old == Qwen3VLConfig.read(config)
+        assert (old.text.theta, old.vision.theta, old.sections) == (5e6, 1e4, (4, 2, 2))
+        assert (old.max_length, old.default_length, old.vocab_size, old.text.tied) == (262_144, 10_240, 600, True)
+
+    @pytest.mark.parametrize(
+        "half, change, message",
+        [
+            ("text_config", {"attention_bias": True}, "attention_bias = True (implemented: False)"),
+            ("text_config", {"rope_scaling": {"mrope_interleaved": False}, "rope_parameters": None, "rope_theta": 1e6},
+             "mrope_interleaved = False (implemented: True)"),
+            ("text_config", {"head_dim": 32}, "mrope_section [4, 2, 2] does not share out the 16 frequencies"),
+            ("text_config", {"num_hidden_layers": 2}, "leaves no layer after those that add the features of 2"),
+            ("text_config", {"hidden_size": 32}, "vision_config.out_hidden_size = 64 (implemented: 32)"),
+            ("vision_config", {"hidden_act": "silu"}, "vision_config.hidden_act = 'silu'"),
+            ("vision_config", {"num_position_embeddings": 40}, "num_position_embeddings = 40 (implemented: 36)"),
+            ("vision_config", {"deepstack_visual_indexes": [2, 0]}, "deepstack_visual_indexes = (2, 0)"),
+            ("vision_config", {"deepstack_visual_indexes": [4]}, "deepstack_visual_indexes = (4,)"),
+            ("vision_config", {"num_heads": 3}, "hidden_size 64 is not num_heads 3 times a multiple of 4"),
+            ("vision_config", {"rope_parameters": {"rope_type": "linear"}}, "vision_config.rope_type = 'linear'"),
+        ],
+    )  # fmt: skip
+    def test_what_is_not_computed_is_refused_by_name(
+        self, config: dict[str, Any], half: str, change: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(UnsupportedError) as caught:
+            Qwen3VLConfig.read({**config, half: {**config[half], **change}})
+        assert message in str(caught.value)
+
+    def test_sizes_are_checked_in_both_halves(self, config: dict[str, Any]) -> None:
+        for half, field in (("text_config", "intermediate_size"), ("vision_config", "patch_size")):
+            with pytest.raises(CheckpointError, match=r"the model's (ffn|patch) would be 0"):
+                settings_of({**config, half: {**config[half], field: 0}})
