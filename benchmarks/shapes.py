@@ -27,19 +27,18 @@ def bge(width: int, layers: int, heads: int, ffn: int) -> tuple[type, Any]:
 
 
 def qwen3_vl(
-    width: int, layers: int, heads: int, ffn: int, *, tied: bool, vision: tuple[int, int, int, tuple[int, ...]],
-    kv_heads: int = 8, head_size: int = 128, sections: tuple[int, ...] = (24, 20, 20),
-) -> tuple[type, Any]:  # fmt: skip
+    width: int, layers: int, heads: int, ffn: int, *, tied: bool, vision: tuple[int, int, int, tuple[int, ...]]
+) -> tuple[type, Any]:
     """vision: the tower's width, layers, ffn and deepstack."""
     text = Qwen3Config(
-        vocab_size=151936, width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_size=head_size, ffn=ffn,
+        vocab_size=151936, width=width, layers=layers, heads=heads, kv_heads=8, head_size=128, ffn=ffn,
         max_length=262144, theta=5e6, eps=1e-6, tied=tied,
     )  # fmt: skip
     tower = VisionConfig(
         width=vision[0], layers=vision[1], heads=16, ffn=vision[2], out_width=width, side=48, merge=2, patch=16,
         steps=2, channels=3, theta=1e4, deepstack=vision[3],
     )  # fmt: skip
-    return Qwen3VL, Qwen3VLConfig(text=text, vision=tower, sections=sections)
+    return Qwen3VL, Qwen3VLConfig(text=text, vision=tower, sections=(24, 20, 20))
 
 
 MODELS: dict[str, tuple[type, Any]] = {
@@ -47,19 +46,19 @@ MODELS: dict[str, tuple[type, Any]] = {
     "qwen3-reranker-0.6b": qwen3(1024, 28, 16, 3072, tied=True),
     "qwen3-reranker-4b": qwen3(2560, 36, 32, 9728, tied=True),
     "qwen3-reranker-8b": qwen3(4096, 36, 32, 12288, tied=False),
+}
+"""True shapes, from the publishers' config.json."""
+
+VL_MODELS: dict[str, tuple[type, Any]] = {
     "qwen3-vl-reranker-2b": qwen3_vl(2048, 28, 16, 6144, tied=True, vision=(1024, 24, 4096, (5, 11, 17))),
     "qwen3-vl-reranker-8b": qwen3_vl(4096, 36, 32, 12288, tied=False, vision=(1152, 27, 4304, (8, 16, 24))),
 }
-"""True shapes, from the publishers' config.json."""
+"""The same of models that see."""
 
 
 TOY = {
     "bge-reranker-v2-m3": bge(64, 3, 4, 128),
-    **{name: qwen3(64, 3, 4, 128, tied=True, kv_heads=2, head_size=16) for name in MODELS if name.startswith("qwen3-r")},
-    **{
-        name: qwen3_vl(64, 4, 4, 128, tied=True, vision=(64, 3, 128, (0,)), kv_heads=2, head_size=16, sections=(4, 2, 2))
-        for name in MODELS if name.startswith("qwen3-vl")
-    },
+    **{name: qwen3(64, 3, 4, 128, tied=True, kv_heads=2, head_size=16) for name in MODELS if name.startswith("qwen3")},
 }
 """The same families, small enough for a test."""
 
@@ -74,3 +73,12 @@ def model_flops(config: Any, lengths: Sequence[int], causal: bool) -> float:
     )
     scores = sum(n * n for n in lengths) * (0.5 if causal else 1.0)
     return config.layers * (2.0 * matrices * sum(lengths) + 4.0 * config.heads * size * scores)
+
+
+def tower_flops(config: Any, lengths: Sequence[int]) -> float:
+    """The same of a vision tower, for images or video steps of so many patches."""
+    block = config.merge**2 * config.width
+    layer = 4 * config.width**2 + 2 * config.width * config.ffn
+    merger = (block**2 + block * config.out_width) / config.merge**2
+    matrices = config.layers * layer + config.features * merger + config.values * config.width
+    return 2.0 * matrices * sum(lengths) + 4.0 * config.layers * config.width * sum(n * n for n in lengths)

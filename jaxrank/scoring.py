@@ -99,7 +99,9 @@ def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
 def whole(model: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
     """The jitted (state, packed row) -> logits with a scan over the stacked layers, and the state. Takes the model's
     layers away. A model of outlines gives a state of outlines. With a mesh: see sharding.over_mesh."""
-    model.layers = _stacked(model.layers)
+    for name in ("adding", "layers"):  # layers of Qwen3-VL that add features, and all other layers but the last
+        if hasattr(model, name):
+            setattr(model, name, _stacked(getattr(model, name)))
     return _jitted(model, mesh)
 
 

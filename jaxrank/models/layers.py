@@ -149,11 +149,23 @@ def stack(layers: nnx.List) -> Any:
     return nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in layers)))
 
 
-def run_layers(layers: Any, x: Array, *args: Any) -> Array:
-    """x through all layers: a plain loop over a list, a lax.scan over a stacked layer (see `stack`)."""
+def run_layers(
+    layers: Any, x: Float[Array, "T D"], *args: Any, added: Float[Array, "layers T D"] | None = None
+) -> Float[Array, "T D"]:
+    """x through all layers: a plain loop over a list, a lax.scan over a stacked layer (see `stack`).
+
+    added: what comes to x after each layer.
+    """
     if isinstance(layers, nnx.List):
-        for layer in layers:
+        for i, layer in enumerate(layers):
             x = layer(x, *args)
+            x = x if added is None else x + added[i].astype(x.dtype)
         return x
     graph, state = nnx.split(layers)
-    return jax.lax.scan(lambda x, params: (nnx.merge(graph, params)(x, *args), None), x, state)[0]
+
+    def one(x: Array, now: tuple[Any, Array | None]) -> tuple[Array, None]:
+        params, more = now
+        x = nnx.merge(graph, params)(x, *args)
+        return (x if more is None else x + more.astype(x.dtype)), None
+
+    return jax.lax.scan(one, x, (state, added))[0]

@@ -107,16 +107,13 @@ class Qwen3VL(nnx.Module):
 
     def embed(self, batch: Packed) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
         """The residual stream after the layers that add features, and what every layer takes besides."""
-        x = table_rows(self.word[...], batch.tokens, self.implementation)
+        x, added = table_rows(self.word[...], batch.tokens, self.implementation), None
+        if batch.media is not None:
+            here, features = batch.media.here, jnp.asarray(batch.media.features)
+            x = jnp.where(here[:, None], features[:, 0].astype(x.dtype), x)
+            added = features[:, 1:].swapaxes(0, 1)
         shared = batch.layout, self._rotary(batch)
-        media = batch.media
-        if media is not None:
-            x = jnp.where(media.here[:, None], media.features[:, 0].astype(jnp.float32), x)
-        for i, layer in enumerate(self.adding, start=1):
-            x = layer(x, *shared)
-            if media is not None:
-                x += media.features[:, i].astype(jnp.float32)
-        return x, shared
+        return run_layers(self.adding, x, *shared, added=added), shared
 
     def finish(self, x: Float32[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
         """The last layer, at the scored rows alone, and the head."""
