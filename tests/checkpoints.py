@@ -173,7 +173,7 @@ def make_qwen3_vl(
         num_position_embeddings=36,
         deepstack_visual_indexes=[0, 2],
     ) | (vision or {})
-    ids = {}
+    ids: dict[str, Any] = {}
     if tokenizer:
         make_qwen_tokenizer(folder, text["vocab_size"], TEXT)
         known = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["jaxrank.kernels", "jaxrank.models", "jaxrank.packing", "jaxrank.patches", "jaxrank.scoring"], "beartype.beartype"
+    [f"jaxrank.{name}" for name in ("kernels", "models", "packing", "patches", "scoring", "tower")],
+    "beartype.beartype",
 )
 jax.config.update("jax_num_cpu_devices", 8)

@@ -13,7 +13,7 @@ LAYERS = [
     ["models", "tokens"],
     ["packing", "patches"],
     ["scoring", "checkpoint"],
-    ["convert"],
+    ["convert", "tower"],
     ["reranker"],
     ["server"],
     ["cli"],

@@ -57,9 +57,9 @@ class TestRows:
         row = pack_patches(media((1, 4, 6), (3, 2, 4), (1, 2, 2)), 64, values=8, merge=2, side=6)
         edges = [0, 24, 32, 40, 48, 52]
         for start, end in pairwise(edges):
-            assert (row.layout.spans[start:end] == [0, 0, start, end]).all()
-        assert (row.layout.spans[52:] == 0).all()
-        assert (row.pixels[52:] == 0).all()
+            assert np.array_equal(row.layout.spans[start:end], [[0, 0, start, end]] * (end - start))
+        assert not np.any(row.layout.spans[52:])
+        assert not np.any(row.pixels[52:])
         assert row.layout.used == 52
 
     def test_pixels_in_order(self) -> None:
@@ -152,8 +152,9 @@ def published(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
     ids = torch.tensor([kinds])
     model: Any = SimpleNamespace(config=Qwen3VLConfig(text_config={}, vision_config={}))
     model.get_vision_position_ids = lambda *args, **kwargs: Qwen3VLModel.get_vision_position_ids(model, *args, **kwargs)
-    positions, _ = Qwen3VLModel.get_rope_index(
-        model, ids, ids, **{name: torch.tensor(value) if value else None for name, value in some.items()}
+    index: Any = Qwen3VLModel.get_rope_index
+    positions, _ = index(
+        model, ids, ids, **{name: torch.tensor(grids) if grids else None for name, grids in some.items()}
     )
     return np.array(kinds), positions[:, 0].numpy()
 

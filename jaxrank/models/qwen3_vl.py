@@ -80,9 +80,10 @@ class Qwen3VLConfig:
 class Qwen3VL(nnx.Module):
     """A packed row in, one float32 logit a slot out: logit("yes") - logit("no") at the slot's token.
 
-    Rows of text alone (media None, positions [T]) run through the same layers with nothing added. Numbers are kept as in
-    Qwen3. `implementation` is that of kernels.attention. `vision` makes the features of the rows' media tokens; it has
-    its own programs and no part in this one, so who compiles this one takes it away first (see scoring.take_tower).
+    Rows of text alone (media None, positions [T]) run through the same layers with nothing added. Numbers are kept as
+    in Qwen3. `implementation` is that of kernels.attention. `vision` makes the features of the rows' media tokens; it
+    has programs of its own and no part in this one, so who compiles this one takes it away first (see
+    scoring.take_tower).
     """
 
     causal = True

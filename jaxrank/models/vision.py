@@ -1,8 +1,8 @@
 """The vision tower of Qwen3-VL: patches of images and video steps in, features of media tokens out.
 
-Qwen Team 2025, "Qwen3-VL Technical Report"; the computation is that of transformers' Qwen3VLVisionModel. A learned table
-of positions is read between its entries, heads are turned by row and column, and a patch sees the patches of its own
-image or video step. Blocks of merge x merge patches become one token: after the last layer, and after some earlier
+Qwen Team 2025, "Qwen3-VL Technical Report"; the computation is that of transformers' Qwen3VLVisionModel. A learned
+table of positions is read between its entries, heads are turned by row and column, and a patch sees the patches of its
+own image or video step. Blocks of merge x merge patches become one token: after the last layer, and after some earlier
 ones for the first text layers (Meng et al. 2024, "DeepStack").
 """
 
@@ -216,8 +216,8 @@ class Merger(nnx.Module):
 
 
 class Vision(nnx.Module):
-    """A row of P patches in; out [P / merge^2, U, D of the text model], in the dtype of the matrices, as word embeddings
-    are: first what stands in a word's place, then what the first text layers add.
+    """A row of P patches in; out [P / merge^2, U, D of the text model], in the dtype of the matrices, as word
+    embeddings are: first what stands in a word's place, then what the first text layers add.
 
     Matrices and what is multiplied with them are in `dtype`; the residual stream, norms, biases and everything summed
     are float32. `implementation` is that of kernels.attention. A stage is the layers up to one whose output is merged:

@@ -76,8 +76,10 @@ class Writer:
         steps, height, width = part.grid
         pad = self.published.video_id if part.seconds else self.published.image_id
         pads = np.full(height * width // MERGE**2, pad, np.int32)
-        pieces = [[self.text(4) if part.seconds else self.text(0), self.text(1), pads, self.text(1)]] * steps
-        return np.concatenate(sum(pieces, []))
+        pieces = []
+        for _ in range(steps):
+            pieces += [self.text(4 if part.seconds else 0), self.text(1), pads, self.text(1)]
+        return np.concatenate(pieces)
 
     def prompt(self, *parts: int | Patches) -> Prompt:
         ids = np.concatenate([self.part(part) for part in parts])
@@ -85,7 +87,7 @@ class Writer:
 
 
 def join(*prompts: Prompt) -> Prompt:
-    return Prompt(np.concatenate([p.ids for p in prompts]), sum((p.media for p in prompts), ()))
+    return Prompt(np.concatenate([p.ids for p in prompts]), tuple(one for p in prompts for one in p.media))
 
 
 class Ours:
