@@ -37,11 +37,11 @@ import nvidia.cuda_nvcc  # pyright: ignore[reportMissingImports]
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from machine import finish, save
-from shapes import MODELS
+from shapes import MODELS, VL_MODELS
 
 from jaxrank.kernels import attention, make_layout
 from jaxrank.packing import pack
-from jaxrank.scoring import whole
+from jaxrank.scoring import take_tower, whole
 
 GB = 1e9
 PTXAS = Path(nvidia.cuda_nvcc.__path__[0]) / "bin" / "ptxas"
@@ -152,15 +152,17 @@ def lower_kernel(case: Case, place: NamedSharding) -> Any:
 
 def lower_model(name: str, tokens: int, place: NamedSharding) -> Any:
     module: Any
-    module, config = MODELS[name]
-    score, state = whole(nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation="gpu")))
+    module, config = (MODELS | VL_MODELS)[name]
+    model = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation="gpu"))
+    take_tower(model)
+    score, state = whole(model)
     packed = pack([], tokens, causal=module.causal, implementation="gpu")
     return score.lower(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, packed)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=[*MODELS, *VL_MODELS], default=list(MODELS))
     parser.add_argument("--buckets", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--target", type=Path, default=Path(__file__).with_name("h100_target_config.txtpb"))
     parser.add_argument("--output", type=Path)

@@ -1,14 +1,15 @@
 """Ahead-of-time compilation of the whole scoring function for TPUs, with no TPU: does it compile, and does it fit?
 
     python benchmarks/compile_tpu.py --models bge-reranker-v2-m3 --chips v5e v6e --buckets 2048
-        [--output benchmarks/results/compile-tpu.json]
+        [--patches 8192] [--output benchmarks/results/compile-tpu.json]
 
 This is the compiler that runs on TPU machines (libtpu, in the extra `tpu`), Pallas kernels included; weights are
 shapes alone. A model that does not fit one chip is cut over 2, then 4 (see jaxrank.sharding); --chips-each asks for a
 number. Memory is what the compiled program says of itself, a chip. The time is a roofline, not a measurement: the
 larger of FLOPs (of matrices and needed scores; the compiler counts a loop's body once) over the chip's published
 bfloat16 peak, and weights over its memory bandwidth, for a row full of documents of 190 tokens; what chips tell each
-other is not in it. Ends in one JSON line.
+other is not in it. With --patches, the vision towers of models that have one are compiled, for rows of so many patches
+full of images of 1,024; their models of text are compiled with rows of text alone. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from machine import finish, save
-from shapes import MODELS, model_flops
+from shapes import MODELS, VL_MODELS, model_flops, tower_flops
 
 from jaxrank.packing import LADDER, pack
-from jaxrank.scoring import whole
+from jaxrank.patches import pack_patches
+from jaxrank.scoring import take_tower, whole, whole_tower
 from jaxrank.sharding import DATA, make_mesh, specs
-from jaxrank.types import Encoded
+from jaxrank.types import Encoded, Patches
 
 GB = 1e9
 
@@ -70,15 +72,29 @@ def batch(tokens: int, causal: bool) -> Any:
     return pack(pairs, tokens, causal=causal, implementation="tpu")
 
 
-def compile_one(name: str, chip_name: str, tokens: int, chips_each: int) -> dict[str, Any]:
-    """One row of the table; `error` instead of figures where it does not compile, which may be for lack of memory."""
+def patch_batch(patches: int, config: Any) -> Any:
+    """A row full of images of 32 x 32 patches."""
+    image = Patches(np.zeros((1024, config.values), np.float32), (1, 32, 32))
+    return pack_patches(
+        [image] * (patches // 1024), patches, values=config.values, merge=config.merge, side=config.side,
+        implementation="tpu",
+    )  # fmt: skip
+
+
+def compile_one(name: str, chip_name: str, size: int, chips_each: int, *, tower: bool = False) -> dict[str, Any]:
+    """One row of the table; `error` instead of figures where it does not compile, which may be for lack of memory.
+
+    size: tokens, or with `tower` patches.
+    """
     module: Any
-    module, config = MODELS[name]
+    module, config = (MODELS | VL_MODELS)[name]
     chip = CHIPS[chip_name]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
     mesh = make_mesh(devices[:chips_each], chips_each)
     model = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation="tpu"))
-    score, state = whole(model, mesh)
+    vision = take_tower(model)
+    score, state = whole_tower(vision, mesh) if tower else whole(model, mesh)
+    one = patch_batch(size, config.vision) if tower else batch(size, module.causal)
 
     def outlined(tree: Any, places: Any) -> Any:
         """Shapes on the mesh; places has one PartitionSpec for each parameter, or one for all."""
@@ -89,8 +105,10 @@ def compile_one(name: str, chip_name: str, tokens: int, chips_each: int) -> dict
 
         return jax.tree.map(lie, places, tree)
 
-    rows = jax.tree.map(lambda leaf: leaf[None], batch(tokens, module.causal))
-    row: dict[str, Any] = {"model": name, "chip": chip_name, "chips_each": chips_each, "tokens": tokens}
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[None], one)
+    row: dict[str, Any] = {
+        "model": name, "chip": chip_name, "chips_each": chips_each, "patches" if tower else "tokens": size
+    }  # fmt: skip
     start = time.perf_counter()
     try:
         arguments = outlined(state, specs(state, mesh)), outlined(rows, PartitionSpec(DATA))
@@ -100,7 +118,10 @@ def compile_one(name: str, chip_name: str, tokens: int, chips_each: int) -> dict
         return row | {"fits": False, "out_of_memory": "RESOURCE_EXHAUSTED" in said, "error": said.splitlines()[0][:300]}
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    flops = model_flops(config, [190] * (tokens // 190), module.causal) / chips_each
+    if tower:
+        flops = tower_flops(config.vision, [1024] * (size // 1024)) / chips_each
+    else:
+        flops = model_flops(config, [190] * (size // 190), module.causal) / chips_each
     need = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     roofline = max(flops / chip.flops, memory.argument_size_in_bytes / chip.bandwidth)
     return row | {
@@ -112,25 +133,29 @@ def compile_one(name: str, chip_name: str, tokens: int, chips_each: int) -> dict
         "code_mb": round(memory.generated_code_size_in_bytes / 1e6, 1),
         "tflops": round(flops / 1e12, 2),
         "roofline_ms": round(roofline * 1e3, 2),
-        "roofline_tokens_per_s": round(tokens / roofline),
+        f"roofline_{'patches' if tower else 'tokens'}_per_s": round(size / roofline),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *VL_MODELS], default=[*MODELS, *VL_MODELS])
     parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--buckets", nargs="+", type=int, default=[int(t) for t in LADDER if t <= 16384])
+    parser.add_argument("--patches", nargs="*", type=int, default=[], help="rows of the vision towers")
     parser.add_argument("--chips-each", type=int, help="chips that share a copy of the weights; by default the fewest")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     rows = []
     for model in arguments.models:
         for chip in arguments.chips:
+            programs = [(tokens, False) for tokens in sorted(arguments.buckets, reverse=True)]
+            if model in VL_MODELS:
+                programs += [(patches, True) for patches in sorted(arguments.patches, reverse=True)]
             chips_each = arguments.chips_each or 1
-            for tokens in sorted(arguments.buckets, reverse=True):
+            for size, tower in programs:
                 while True:
-                    row = compile_one(model, chip, tokens, chips_each)
+                    row = compile_one(model, chip, size, chips_each, tower=tower)
                     rows.append(row)
                     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
                     save({"benchmark": "compile_tpu", "rows": rows}, arguments.output)

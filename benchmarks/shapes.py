@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxrank.models.qwen3 import Qwen3, Qwen3Config
+from jaxrank.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
+from jaxrank.models.vision import VisionConfig
 from jaxrank.models.xlm_roberta import XLMRoberta, XLMRobertaConfig
 
 
@@ -24,6 +26,21 @@ def bge(width: int, layers: int, heads: int, ffn: int) -> tuple[type, Any]:
     )
 
 
+def qwen3_vl(
+    width: int, layers: int, heads: int, ffn: int, *, tied: bool, vision: tuple[int, int, int, tuple[int, ...]]
+) -> tuple[type, Any]:
+    """vision: the tower's width, layers, ffn and deepstack."""
+    text = Qwen3Config(
+        vocab_size=151936, width=width, layers=layers, heads=heads, kv_heads=8, head_size=128, ffn=ffn,
+        max_length=262144, theta=5e6, eps=1e-6, tied=tied,
+    )  # fmt: skip
+    tower = VisionConfig(
+        width=vision[0], layers=vision[1], heads=16, ffn=vision[2], out_width=width, side=48, merge=2, patch=16,
+        steps=2, channels=3, theta=1e4, deepstack=vision[3],
+    )  # fmt: skip
+    return Qwen3VL, Qwen3VLConfig(text=text, vision=tower, sections=(24, 20, 20))
+
+
 MODELS: dict[str, tuple[type, Any]] = {
     "bge-reranker-v2-m3": bge(1024, 24, 16, 4096),
     "qwen3-reranker-0.6b": qwen3(1024, 28, 16, 3072, tied=True),
@@ -31,6 +48,12 @@ MODELS: dict[str, tuple[type, Any]] = {
     "qwen3-reranker-8b": qwen3(4096, 36, 32, 12288, tied=False),
 }
 """True shapes, from the publishers' config.json."""
+
+VL_MODELS: dict[str, tuple[type, Any]] = {
+    "qwen3-vl-reranker-2b": qwen3_vl(2048, 28, 16, 6144, tied=True, vision=(1024, 24, 4096, (5, 11, 17))),
+    "qwen3-vl-reranker-8b": qwen3_vl(4096, 36, 32, 12288, tied=False, vision=(1152, 27, 4304, (8, 16, 24))),
+}
+"""The same of models that see."""
 
 
 TOY = {
@@ -42,6 +65,7 @@ TOY = {
 
 def model_flops(config: Any, lengths: Sequence[int], causal: bool) -> float:
     """Of matrices and needed scores, all layers; the head and the last layer's savings are not counted."""
+    config = getattr(config, "text", config)
     size = getattr(config, "head_size", config.width // config.heads)
     kv_heads = getattr(config, "kv_heads", config.heads)
     matrices = config.width * size * (2 * config.heads + 2 * kv_heads) + config.width * config.ffn * (
@@ -49,3 +73,12 @@ def model_flops(config: Any, lengths: Sequence[int], causal: bool) -> float:
     )
     scores = sum(n * n for n in lengths) * (0.5 if causal else 1.0)
     return config.layers * (2.0 * matrices * sum(lengths) + 4.0 * config.heads * size * scores)
+
+
+def tower_flops(config: Any, lengths: Sequence[int]) -> float:
+    """The same of a vision tower, for images or video steps of so many patches."""
+    block = config.merge**2 * config.width
+    layer = 4 * config.width**2 + 2 * config.width * config.ffn
+    merger = (block**2 + block * config.out_width) / config.merge**2
+    matrices = config.layers * layer + config.features * merger + config.values * config.width
+    return 2.0 * matrices * sum(lengths) + 4.0 * config.layers * config.width * sum(n * n for n in lengths)

@@ -4,7 +4,7 @@
     safetensors.py    a checked reader of safetensors files
     torch_bin.py      the same for PyTorch's .bin files, for conversion only
     rules.py          tensors into parameters, by a table
-    xlm_roberta.py, qwen3.py    a family's table
+    xlm_roberta.py, qwen3.py, qwen3_vl.py    a family's table
 
 `load` serves a published folder as it is, `convert` writes one that needs no conversion.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from jaxrank import checkpoint
 from jaxrank.checkpoint import read_config
-from jaxrank.convert import qwen3, safetensors, torch_bin, xlm_roberta
+from jaxrank.convert import qwen3, qwen3_vl, safetensors, torch_bin, xlm_roberta
 from jaxrank.convert.hub import TOKENIZER_FILES, find
 from jaxrank.convert.rules import Abstract, Rule, check, fill
 from jaxrank.convert.tensors import READABLE, Tensor
@@ -35,9 +35,10 @@ __all__ = ["convert", "find", "load", "read_config"]
 
 
 class Names(NamedTuple):
-    """An architecture's tensor names: its table for a configuration and folder, and tensors that may be left over."""
+    """An architecture's tensor names: its table for a configuration, a folder and the names of the tensors in it, and
+    tensors that may be left over."""
 
-    rules: Callable[[Any, Path], list[Rule]]
+    rules: Callable[[Any, Path, Collection[str]], list[Rule]]
     ignored: frozenset[str]
 
 
@@ -45,6 +46,7 @@ NAMES = {
     "XLMRobertaForSequenceClassification": Names(xlm_roberta.rules, xlm_roberta.IGNORED),
     "Qwen3ForCausalLM": Names(qwen3.rules, qwen3.IGNORED),
     "Qwen3ForSequenceClassification": Names(qwen3.classifier_rules, qwen3.IGNORED),
+    "Qwen3VLForConditionalGeneration": Names(qwen3_vl.rules, qwen3.IGNORED),
 }
 
 
@@ -68,7 +70,7 @@ def load(
     try:
         tensors = read_tensors(folder, allow_torch)
         model = checkpoint.outline(config, main_dtype(tensors) if dtype is None else dtype)
-        table = rules(settings, folder)
+        table = rules(settings, folder, tensors)
         outlines = {
             path: Abstract(value.shape, np.dtype(value.dtype)) for path, value in checkpoint.parameters(model).items()
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -29,24 +30,33 @@ LAYER = (
 IGNORED = frozenset(["lm_head.weight"])
 
 
-def rules(config: Qwen3Config, folder: Path) -> list[Rule]:
+def rules(config: Qwen3Config, folder: Path, tensors: Collection[str]) -> list[Rule]:
     """The whole table of a causal model, whose head is W[yes] - W[no] of its own tokenizer's tokens."""
+    return [*body(layer_places(config.layers)), head(config, folder)]
+
+
+def classifier_rules(config: Qwen3Config, folder: Path, tensors: Collection[str]) -> list[Rule]:
+    """The whole table of a sequence classifier, whose head is its own."""
+    return [*body(layer_places(config.layers)), Rule("score.weight", "head", ROW)]
+
+
+def layer_places(layers: int) -> list[str]:
+    """Where the model keeps its layers; the last one has a place of its own."""
+    return [*(f"layers/{i}/" for i in range(layers - 1)), "last/"]
+
+
+def body(places: list[str], model: str = "model.") -> list[Rule]:
+    """All but the head, for layers kept at those places; model: what the tensors' names begin with."""
+    layers = (rule.under(f"{model}layers.{i}.", place) for i, place in enumerate(places) for rule in LAYER)
+    return [Rule(f"{model}embed_tokens.weight", "word"), Rule(f"{model}norm.weight", "norm/scale"), *layers]
+
+
+def head(config: Qwen3Config, folder: Path, model: str = "model.") -> Rule:
+    """The line of a head that is W[yes] - W[no], from the embedding where it is tied."""
     tokenizer, _ = load_tokenizer(folder)
     yes, no = (answer_id(tokenizer, folder, answer, config.vocab_size) for answer in ("yes", "no"))
-    table = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
-    return [*_body(config), Rule(table, "head", row_difference(config.vocab_size, yes, no))]
-
-
-def classifier_rules(config: Qwen3Config, folder: Path) -> list[Rule]:
-    """The whole table of a sequence classifier, whose head is its own."""
-    return [*_body(config), Rule("score.weight", "head", ROW)]
-
-
-def _body(config: Qwen3Config) -> list[Rule]:
-    """All but the head; the last layer has a place of its own in the model."""
-    places = [f"layers/{i}/" for i in range(config.layers - 1)] + ["last/"]
-    layers = (rule.under(f"model.layers.{i}.", place) for i, place in enumerate(places) for rule in LAYER)
-    return [Rule("model.embed_tokens.weight", "word"), Rule("model.norm.weight", "norm/scale"), *layers]
+    table = f"{model}embed_tokens.weight" if config.tied else "lm_head.weight"
+    return Rule(table, "head", row_difference(config.vocab_size, yes, no))
 
 
 def answer_id(tokenizer: Tokenizer, folder: Path, answer: str, vocab_size: int) -> int:

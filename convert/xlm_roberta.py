@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from jaxrank.convert.rules import FLAT, ROW, Rule, linear
@@ -42,7 +43,7 @@ ENDS = (
 IGNORED = frozenset(["roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"])
 
 
-def rules(config: XLMRobertaConfig, folder: Path) -> list[Rule]:
+def rules(config: XLMRobertaConfig, folder: Path, tensors: Collection[str]) -> list[Rule]:
     """The whole table for a model of that many layers; the last layer has a place of its own in the model."""
     places = [f"layers/{i}/" for i in range(config.layers - 1)] + ["last/"]
     layers = (rule.under(f"roberta.encoder.layer.{i}.", place) for i, place in enumerate(places) for rule in LAYER)

@@ -83,6 +83,15 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def take_tower(model: Any) -> Any:
+    """The vision tower of the model, taken out of it: programs that read tokens must not carry its weights. None if the
+    model has none."""
+    tower = getattr(model, "vision", None)
+    if tower is not None:
+        del model.vision
+    return tower
+
+
 def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
     """For accelerators: a bucket is one program, with a scan over the stacked layers."""
     score, state = whole(model)
@@ -96,15 +105,34 @@ def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
 def whole(model: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
     """The jitted (state, packed row) -> logits with a scan over the stacked layers, and the state. Takes the model's
     layers away. A model of outlines gives a state of outlines. With a mesh: see sharding.over_mesh."""
-    outlined = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
-    model.layers = nnx.eval_shape(stack, model.layers) if outlined else stack(model.layers)
-    graph, state = nnx.split(model)
+    for name in ("adding", "layers"):  # layers of Qwen3-VL that add features, and all other layers but the last
+        if hasattr(model, name):
+            setattr(model, name, _stacked(getattr(model, name)))
+    return _jitted(model, mesh)
 
-    def score(state: Any, batch: Packed) -> jax.Array:
+
+def whole_tower(tower: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
+    """The jitted (state, row of patches) -> features, and the state, as `whole` has it for a model of text: with a scan
+    over the layers of each stage. Takes the tower's layers away."""
+    tower.stages = nnx.List([_stacked(stage) for stage in tower.stages])
+    return _jitted(tower, mesh)
+
+
+def _stacked(layers: nnx.List) -> Any:
+    """Layers, or outlines of layers, as one with a leading axis; none stay none."""
+    outlined = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(layers)))
+    return (nnx.eval_shape(stack, layers) if outlined else stack(layers)) if len(layers) else layers
+
+
+def _jitted(module: Any, mesh: Mesh | None) -> tuple[Any, Any]:
+    graph, state = nnx.split(module)
+
+    def run(state: Any, batch: Any) -> jax.Array:
         return nnx.merge(graph, state)(batch)
 
-    options = TPU_OPTIONS if is_for_tpu(model.implementation) and model.config.width >= WIDE else None
-    return jax.jit(score if mesh is None else over_mesh(score, state, mesh), compiler_options=options), state
+    width = getattr(module.config, "text", module.config).width  # that of the text model, where there is one in it
+    options = TPU_OPTIONS if is_for_tpu(module.implementation) and width >= WIDE else None
+    return jax.jit(run if mesh is None else over_mesh(run, state, mesh), compiler_options=options), state
 
 
 def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:
@@ -152,7 +180,7 @@ class Scorer:
     """Logits of encoded pairs, from packed rows of a few static lengths.
 
     `row_tokens` is the usual row; longer ones exist only for single pairs up to `max_length` tokens. Programs are
-    compiled by `warm_up`, or at first use.
+    compiled by `warm_up`, or at first use. `tower` is the model's vision tower, None in models of text alone.
     """
 
     def __init__(self, model: Any, *, max_length: int, row_tokens: int):
@@ -166,6 +194,7 @@ class Scorer:
         # rows handed to the device before the first result is awaited: one runs, on accelerators another waits ready
         self.in_flight = 1 if self.on_cpu else 2
         self.causal: bool = model.causal
+        self.tower = take_tower(model)
         self.compile = compile_in_parts(model) if self.on_cpu else compile_whole(model)
         self.programs: dict[int, Program] = {}
         self._counter = CompilationCounter()

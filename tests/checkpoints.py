@@ -13,6 +13,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
 )
@@ -132,6 +134,66 @@ def make_qwen3(
     model.save_pretrained(folder)
     if tokenizer:
         make_qwen_tokenizer(folder, settings["vocab_size"], TEXT)
+    return folder
+
+
+def make_qwen3_vl(
+    folder: Path,
+    *,
+    seed: int = 0,
+    tokenizer: bool = True,
+    gain: float = 1.0,
+    tied: bool = True,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """A random Qwen3-VL-Reranker folder; text, vision: what differs in the two halves of config.json.
+
+    Drawn as make_qwen3 draws, biases and the position table at random too. The token ids of media are those of the
+    folder's tokenizer.
+    """
+    rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    text = dict(
+        vocab_size=600,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        max_position_embeddings=262_144,
+        rope_parameters=rotary,
+    ) | (text or {})
+    vision = dict(
+        depth=4,
+        hidden_size=64,
+        num_heads=4,
+        intermediate_size=128,
+        out_hidden_size=text["hidden_size"],
+        num_position_embeddings=36,
+        deepstack_visual_indexes=[0, 2],
+    ) | (vision or {})
+    ids: dict[str, Any] = {}
+    if tokenizer:
+        make_qwen_tokenizer(folder, text["vocab_size"], TEXT)
+        known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = {f"{name}_token_id": known.token_to_id(f"<|{name}_pad|>") for name in ("image", "video")}
+    torch.manual_seed(seed)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name or "lm_head" in name:
+                parameter.normal_(0, text["hidden_size"] ** -0.5)
+            elif "pos_embed" in name:
+                parameter.normal_()
+            elif parameter.ndim > 1:
+                parameter.normal_(0, gain / parameter[0].numel() ** 0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -9,5 +9,8 @@ and the dataclasses of jaxrank.types hold whatever JAX puts in place of their ar
 import jax
 from jaxtyping import install_import_hook
 
-install_import_hook(["jaxrank.kernels", "jaxrank.models", "jaxrank.packing", "jaxrank.scoring"], "beartype.beartype")
+install_import_hook(
+    [f"jaxrank.{name}" for name in ("kernels", "models", "packing", "patches", "scoring", "tower")],
+    "beartype.beartype",
+)
 jax.config.update("jax_num_cpu_devices", 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,39 @@ from jax.sharding import NamedSharding
 from jaxrank import convert
 from jaxrank.errors import UnsupportedError
 from jaxrank.packing import pack
-from jaxrank.scoring import whole
+from jaxrank.patches import pack_patches
+from jaxrank.scoring import take_tower, whole, whole_tower
 from jaxrank.sharding import make_mesh, specs
-from jaxrank.types import Encoded, Packed
-from tests.checkpoints import make_bge, make_qwen3
+from jaxrank.types import Encoded, MediaTokens, Packed, Patches, PatchRow
+from tests.checkpoints import make_bge, make_qwen3, make_qwen3_vl
 
 TOKENS = 384
 SIZES: dict[str, Any] = dict(num_hidden_layers=3, num_attention_heads=8, hidden_size=64)
 GROUPS = {"8 copies": 1, "2 copies on 4 devices each": 4, "1 copy on 8 devices": 8}
+OTHERS = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
-@pytest.fixture(scope="module", params=["bge", "qwen3"])
+@pytest.fixture(scope="module", params=["bge", "qwen3", "qwen3_vl"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "bge":
         return make_bge(folder, tokenizer=False, **SIZES)
-    return make_qwen3(folder, num_key_value_heads=8, **SIZES)
+    if request.param == "qwen3":
+        return make_qwen3(folder, num_key_value_heads=8, **SIZES)
+    return make_vl(folder)
+
+
+def make_vl(folder: Path) -> Path:
+    """One text layer that adds features, one like the others, and the last."""
+    return make_qwen3_vl(
+        folder, text=dict(num_key_value_heads=8, **SIZES), vision=dict(num_heads=8, deepstack_visual_indexes=[1])
+    )
+
+
+def load(folder: Path) -> Any:
+    model = convert.load(folder, dtype="float32")
+    take_tower(model)
+    return model
 
 
 def rows(model: Any, count: int) -> Packed:
@@ -40,29 +58,67 @@ def rows(model: Any, count: int) -> Packed:
         prefix = rng.integers(5, 400, rng.integers(5, 90) if model.causal else 0).astype(np.int32)
         lengths = rng.integers(3, 90, 3)
         pairs = [Encoded(rng.integers(5, 400, n).astype(np.int32), n - 1, prefix=prefix) for n in lengths.tolist()]
-        packed.append(pack(pairs, TOKENS, causal=model.causal))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
+        row = pack(pairs, TOKENS, causal=model.causal)
+        if hasattr(model, "adding"):
+            here = rng.random(TOKENS) < 0.3
+            features = rng.normal(size=(TOKENS, 2, 64)).astype(np.float32) * here[:, None, None]
+            positions = np.stack([row.positions] * 3) + rng.integers(0, 9, (3, TOKENS)).astype(np.int32)
+            row = replace(row, positions=positions, media=MediaTokens(here, features))
+        packed.append(row)
+    return stacked(packed)
+
+
+def stacked(rows: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def patch_rows(count: int) -> PatchRow:
+    """That many different rows of patches, as one with a leading axis."""
+    rng = np.random.default_rng(count)
+    packed = []
+    for _ in range(count):
+        media = [
+            Patches(rng.normal(size=(4 * int(n), 1536)).astype(np.float32), (1, 2, 2 * int(n)))
+            for n in rng.integers(1, 15, 3)
+        ]
+        packed.append(pack_patches(media, 256, values=1536, merge=2, side=6))
+    return stacked(packed)
 
 
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_logits_and_communication(folder: Path, group: int) -> None:
     mesh = make_mesh(jax.devices(), group)
-    batch = rows(convert.load(folder, dtype="float32"), 8 // group)
-    alone, state = whole(convert.load(folder, dtype="float32"))
+    model = load(folder)
+    batch = rows(model, 8 // group)
+    alone, state = whole(load(folder))
     want = np.stack([alone(state, jax.tree.map(lambda leaf, i=i: leaf[i], batch)) for i in range(8 // group)])
     assert want[:, :3].std() > 0.03, "logits that hardly differ would prove nothing: 3,000 times the tolerance"
-    together, state = whole(convert.load(folder, dtype="float32"), mesh)
+    together, state = whole(load(folder), mesh)
     assert np.abs(np.asarray(together(state, batch)) - want).max() <= 1e-5
     compiled = together.lower(state, batch).compile().as_text()
-    sums = 2 * 2 if group > 1 else 0
-    assert compiled.count(" all-reduce(") == sums, "two in the scan's layer and two in the last, none without groups"
-    assert not any(name in compiled for name in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"))
+    sums = 2 * (2 + len(getattr(model, "adding", ()))) if group > 1 else 0
+    assert compiled.count(" all-reduce(") == sums, "two in the scan's layer and in each outside, none without groups"
+    assert not any(name in compiled for name in OTHERS)
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_the_tower(tmp_path: Path, group: int) -> None:
+    folder, mesh, batch = make_vl(tmp_path), make_mesh(jax.devices(), group), patch_rows(8 // group)
+    alone, state = whole_tower(convert.load(folder, dtype="float32").vision)
+    want = np.stack([alone(state, jax.tree.map(lambda leaf, i=i: leaf[i], batch)) for i in range(8 // group)])
+    assert want[:, :3].std(1).mean() > 0.03, "tokens that hardly differ would prove nothing: 3,000 times the tolerance"
+    together, state = whole_tower(convert.load(folder, dtype="float32").vision, mesh)
+    assert np.abs(np.asarray(together(state, batch)) - want).max() <= 1e-5
+    compiled = together.lower(state, batch).compile().as_text()
+    sums = compiled.count(" all-reduce(")
+    assert sums in ((5, 6) if group > 1 else (0,)), "two in each of two stages' scans, and the mergers' two, or as one"
+    assert not any(name in compiled for name in OTHERS)
 
 
 def test_every_device_has_its_part_of_the_matrices(folder: Path) -> None:
     """Embeddings, norms, the head and biases behind a sum are whole on every device, matrices in eight parts."""
     mesh = make_mesh(jax.devices(), 8)
-    _, state = whole(convert.load(folder, dtype="float32"), mesh)
+    _, state = whole(load(folder), mesh)
     layers, places = nnx.state(state)["layers"], specs(state, mesh)["layers"]
     checked = 0
     for (path, values), (_, spec) in zip(*map(jax.tree_util.tree_leaves_with_path, (layers, places)), strict=True):

@@ -34,22 +34,55 @@ class Rotary(NamedTuple):
     sin: Float32[Array, "R H"]
 
 
-def rotary(positions: Int32[ArrayLike, " R"], head_size: int, theta: float) -> Rotary:
-    """Rotary tables (Su et al. 2021, "RoFormer"), frequencies theta^(-2i/H)."""
+def rotary(
+    positions: Int32[ArrayLike, " R"] | Int32[ArrayLike, "3 R"],
+    head_size: int,
+    theta: float,
+    sections: tuple[int, ...] = (),
+) -> Rotary:
+    """Rotary tables (Su et al. 2021, "RoFormer"), frequencies theta^(-2i/H).
+
+    Positions by time, height and width: frequency i turns by height where i mod 3 is 1 and by width where it is 2, as
+    far as the axis's share of the frequencies in `sections` goes, and else by time (interleaved M-RoPE, Qwen Team
+    2025, "Qwen3-VL Technical Report"). Three equal positions are one position.
+    """
     frequencies = (theta ** (-np.arange(0, head_size, 2) / head_size)).astype(np.float32)
-    angles = jnp.asarray(positions)[:, None].astype(jnp.float32) * frequencies
+    places = jnp.asarray(positions).astype(jnp.float32)
+    if places.ndim == 1:
+        return tables(places[:, None] * frequencies)
+    axis = np.zeros(head_size // 2, np.int32)
+    for i in (1, 2):
+        axis[i : 3 * sections[i] : 3] = i
+    return tables(places[axis].T * frequencies)
+
+
+def grid_rotary(positions: Int32[ArrayLike, "R 2"], head_size: int, theta: float) -> Rotary:
+    """Rotary tables in two dimensions, as vision towers turn: a quarter of H frequencies theta^(-4i/H), which turn
+    the first quarter of a head's dimensions by row and the second by column, each with its partner H/2 further."""
+    frequencies = (theta ** (-np.arange(0, head_size, 4) / head_size)).astype(np.float32)
+    angles = jnp.asarray(positions).astype(jnp.float32)[:, :, None] * frequencies
+    return tables(angles.reshape(len(positions), head_size // 2))
+
+
+def tables(angles: Float32[Array, "R half"]) -> Rotary:
+    """The tables of angles for dimensions i and i + H/2."""
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return Rotary(jnp.concatenate([cos, cos], 1), jnp.concatenate([-sin, sin], 1))
+
+
+def turn(x: Float32[Array, "R N H"], by: Rotary) -> Float32[Array, "R N H"]:
+    """Dimensions i and i + H/2 of every head turned by the angle i of the row; half by half, since with jnp.roll, XLA
+    takes five times as long on CPU."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = (table[:, None, x.shape[2] // 2 :] for table in by)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def xla(
     x: Float32[Array, "R N H"], scale: Float32[Array, " H"], by: Rotary, *, eps: float, dtype: DTypeLike
 ) -> Float[Array, "R N H"]:
-    """Turned half by half: with jnp.roll, XLA takes five times as long on CPU."""
-    normed = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale
-    first, second = jnp.split(normed, 2, axis=-1)
-    cos, sin = (table[:, None, x.shape[2] // 2 :] for table in by)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(dtype)
+    """As two steps."""
+    return turn(x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale, by).astype(dtype)
 
 
 def tpu(

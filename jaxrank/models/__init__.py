@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxrank.errors import CheckpointError, UnsupportedError
 from jaxrank.models.qwen3 import Qwen3, Qwen3Config
+from jaxrank.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from jaxrank.models.xlm_roberta import XLMRoberta, XLMRobertaConfig
 from jaxrank.types import Config
 
@@ -19,17 +21,19 @@ class Family(NamedTuple):
     """
 
     module: type[Any]
-    config: type[XLMRobertaConfig] | type[Qwen3Config]
+    config: type[XLMRobertaConfig] | type[Qwen3Config] | type[Qwen3VLConfig]
     prompted: bool
 
 
 XLM_ROBERTA = Family(XLMRoberta, XLMRobertaConfig, prompted=False)
 QWEN3 = Family(Qwen3, Qwen3Config, prompted=True)
+QWEN3_VL = Family(Qwen3VL, Qwen3VLConfig, prompted=True)
 
 FAMILIES = {
     "XLMRobertaForSequenceClassification": XLM_ROBERTA,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3ForSequenceClassification": QWEN3,
+    "Qwen3VLForConditionalGeneration": QWEN3_VL,
 }
 
 
@@ -49,12 +53,21 @@ def settings_of(config: Config) -> tuple[Family, Any]:
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise CheckpointError(f"config.json has a field of a wrong type or size ({reason}); fetch it again") from error
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        least, most = (0 if field.name == "pad_id" else 1), (MOST_LAYERS if field.name == "layers" else 2**40)
-        if field.type == "int" and (type(value) is not int or not least <= value <= most):
+    for name, value in whole_numbers(settings):
+        least, most = (0 if name == "pad_id" else 1), (MOST_LAYERS if name == "layers" else 2**40)
+        if type(value) is not int or not least <= value <= most:
             raise CheckpointError(
-                f"config.json has a field of a wrong type or size (the model's {field.name} would be {value!r:.80}, it "
+                f"config.json has a field of a wrong type or size (the model's {name} would be {value!r:.80}, it "
                 f"must be a whole number from {least} to {most}); fetch it again"
             )
     return family, settings
+
+
+def whole_numbers(settings: Any) -> Iterator[tuple[str, Any]]:
+    """The fields that are to be whole numbers, of the settings and of settings within them, by name."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from whole_numbers(value)
+        elif field.type == "int":
+            yield field.name, value

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jaxrank.errors import UnsupportedError
 from jaxrank.kernels import LONG_ROW, is_for_cpu
+from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike
 
 INIT_SCALE = 0.02
@@ -60,6 +61,34 @@ def table_rows(
         return table[at].astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[at]
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+
+
+class Projection(nnx.Module):
+    """x @ kernel + bias with any number of axes on either side; the result is float32.
+
+    shard: the letter in spec of the axis that several devices share.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        shape: tuple[int, ...],
+        bias: tuple[int, ...],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+        *,
+        shard: str = "",
+    ):
+        self.spec = spec
+        _, kernel, out = spec.replace("->", ",").split(",")
+        self.kernel = weight(rngs, shape, dtype, shard=kernel.index(shard) - len(kernel) if shard else None)
+        cut = shard and shard in out
+        self.bias = nnx.Param(jnp.zeros(bias, jnp.float32), shard=out.index(shard) - len(out) if cut else None)
+        self.sums_shards = bool(shard) and not cut
+
+    def __call__(self, x: Array) -> Float32[Array, "R ..."]:
+        product = einsum(self.spec, x.astype(self.kernel.dtype), self.kernel[...])
+        return (sum_over_shards(product) if self.sums_shards else product) + self.bias[...]
 
 
 class LayerNorm(nnx.Module):
@@ -120,11 +149,23 @@ def stack(layers: nnx.List) -> Any:
     return nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in layers)))
 
 
-def run_layers(layers: Any, x: Array, *args: Any) -> Array:
-    """x through all layers: a plain loop over a list, a lax.scan over a stacked layer (see `stack`)."""
+def run_layers(
+    layers: Any, x: Float[Array, "T D"], *args: Any, added: Float[Array, "layers T D"] | None = None
+) -> Float[Array, "T D"]:
+    """x through all layers: a plain loop over a list, a lax.scan over a stacked layer (see `stack`).
+
+    added: what comes to x after each layer.
+    """
     if isinstance(layers, nnx.List):
-        for layer in layers:
+        for i, layer in enumerate(layers):
             x = layer(x, *args)
+            x = x if added is None else x + added[i].astype(x.dtype)
         return x
     graph, state = nnx.split(layers)
-    return jax.lax.scan(lambda x, params: (nnx.merge(graph, params)(x, *args), None), x, state)[0]
+
+    def one(x: Array, now: tuple[Any, Array | None]) -> tuple[Array, None]:
+        params, more = now
+        x = nnx.merge(graph, params)(x, *args)
+        return (x if more is None else x + more.astype(x.dtype)), None
+
+    return jax.lax.scan(one, x, (state, added))[0]

@@ -62,7 +62,7 @@ class Qwen3Config:
             "rope_theta": config["rope_theta"],
             **(config.get("rope_scaling") or {}),
         }
-        is_classifier = config["architectures"] == ["Qwen3ForSequenceClassification"]
+        is_classifier = config.get("architectures") == ["Qwen3ForSequenceClassification"]
         labels = config.get("num_labels", len(config.get("id2label") or "1")) if is_classifier else 1
         windows = set(config.get("layer_types") or ()) - {"full_attention"}
         refuse(

@@ -16,7 +16,18 @@ from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
 from jaxrank.kernels import attention, operand_dtype
-from jaxrank.models.layers import LayerNorm, einsum, gelu, in_runs, refuse, run_layers, save_memory, table_rows, weight
+from jaxrank.models.layers import (
+    LayerNorm,
+    Projection,
+    einsum,
+    gelu,
+    in_runs,
+    refuse,
+    run_layers,
+    save_memory,
+    table_rows,
+    weight,
+)
 from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike, Config, Layout, Packed
 
@@ -73,34 +84,6 @@ class XLMRobertaConfig:
             pad_id=config.get("pad_token_id", 1),
             eps=config.get("layer_norm_eps", 1e-12),
         )
-
-
-class Projection(nnx.Module):
-    """x @ kernel + bias with any number of axes on either side; the result is float32.
-
-    shard: the letter in spec of the axis that several devices share.
-    """
-
-    def __init__(
-        self,
-        spec: str,
-        shape: tuple[int, ...],
-        bias: tuple[int, ...],
-        dtype: DTypeLike,
-        rngs: nnx.Rngs | None,
-        *,
-        shard: str = "",
-    ):
-        self.spec = spec
-        _, kernel, out = spec.replace("->", ",").split(",")
-        self.kernel = weight(rngs, shape, dtype, shard=kernel.index(shard) - len(kernel) if shard else None)
-        cut = shard and shard in out
-        self.bias = nnx.Param(jnp.zeros(bias, jnp.float32), shard=out.index(shard) - len(out) if cut else None)
-        self.sums_shards = bool(shard) and not cut
-
-    def __call__(self, x: Array) -> Float32[Array, "R ..."]:
-        product = einsum(self.spec, x.astype(self.kernel.dtype), self.kernel[...])
-        return (sum_over_shards(product) if self.sums_shards else product) + self.bias[...]
 
 
 class Attention(nnx.Module):

@@ -1,0 +1,126 @@
+"""Qwen3-VL with one float32 vector as its head: Qwen3-VL-Reranker 2B and 8B.
+
+Qwen Team 2025, "Qwen3-VL Technical Report"; the computation is that of transformers' Qwen3VLForConditionalGeneration
+read at the last token, with the head of Qwen3-Reranker. The text model is Qwen3's with positions in three dimensions.
+What the vision tower makes of a media token stands in the place of its word, and the first layers add more to it (Meng
+et al. 2024, "DeepStack").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32
+
+from jaxrank.errors import UnsupportedError
+from jaxrank.kernels.rotary import Rotary, rotary
+from jaxrank.models.layers import einsum, refuse, run_layers, table_rows, weight
+from jaxrank.models.qwen3 import Layer, Qwen3Config, RMSNorm
+from jaxrank.models.vision import Vision, VisionConfig
+from jaxrank.types import Config, Packed
+
+PUBLISHED_LENGTH = 10_240
+"""The publisher's own longest prompt, in tokens. The models' position limit is far above."""
+
+PUBLISHED_SECTIONS = (24, 20, 20)
+
+
+@dataclass(frozen=True)
+class Qwen3VLConfig:
+    """sections: how many rotary frequencies turn by time, height and width."""
+
+    text: Qwen3Config
+    vision: VisionConfig
+    sections: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self.text.max_length
+
+    @property
+    def default_length(self) -> int:
+        return min(PUBLISHED_LENGTH, self.max_length)
+
+    @classmethod
+    def read(cls, config: Config) -> Qwen3VLConfig:
+        """From config.json, old or new; what would change the result and is not implemented is refused by name."""
+        tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+        text = Qwen3Config.read({**config["text_config"], **tied})
+        vision = VisionConfig.read(config["vision_config"])
+        by = config["text_config"].get("rope_parameters") or config["text_config"].get("rope_scaling") or {}
+        sections = tuple(by.get("mrope_section", PUBLISHED_SECTIONS))
+        refuse(
+            {
+                "mrope_interleaved": (by.get("mrope_interleaved", True), True),
+                "quantization_config": (config.get("quantization_config"), None),
+                "vision_config.out_hidden_size": (vision.out_width, text.width),
+            }
+        )
+        if len(sections) != 3 or sum(sections) != text.head_size // 2:
+            raise UnsupportedError(
+                f"config.json: mrope_section {list(sections)} does not share out the {text.head_size // 2} frequencies "
+                f"of a head of {text.head_size} among time, height and width"
+            )
+        if text.layers < vision.features:
+            raise UnsupportedError(
+                f"config.json: num_hidden_layers {text.layers} leaves no layer after those that add the features of "
+                f"{len(vision.deepstack)} deepstack_visual_indexes"
+            )
+        return cls(text=text, vision=vision, sections=sections)
+
+
+class Qwen3VL(nnx.Module):
+    """A packed row in, one float32 logit a slot out: logit("yes") - logit("no") at the slot's token.
+
+    Rows of text alone (media None, positions [T]) run through the same layers with nothing added. Numbers are kept as
+    in Qwen3. `implementation` is that of kernels.attention. `vision` makes the features of the rows' media tokens; it
+    has programs of its own and no part in this one, so who compiles this one takes it away first (see
+    scoring.take_tower).
+    """
+
+    causal = True
+
+    def __init__(
+        self, config: Qwen3VLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None = None
+    ):
+        text, adding = config.text, config.vision.features - 1
+        self.config = config
+        self.implementation = implementation
+        self.vision = Vision(config.vision, dtype=dtype, rngs=rngs, implementation=implementation)
+        self.word = weight(rngs, (text.vocab_size, text.width), dtype)
+        self.adding = nnx.List([Layer(text, dtype, rngs, implementation) for _ in range(adding)])
+        self.layers = nnx.List([Layer(text, dtype, rngs, implementation) for _ in range(text.layers - 1 - adding)])
+        self.last = Layer(text, dtype, rngs, implementation)
+        self.norm = RMSNorm(text.width, text.eps)
+        self.head = weight(rngs, (text.width,), jnp.float32)
+
+    def _rotary(self, batch: Packed) -> Rotary:
+        text = self.config.text
+        return rotary(batch.positions, text.head_size, text.theta, self.config.sections)
+
+    def embed(self, batch: Packed) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
+        """The residual stream after the layers that add features, and what every layer takes besides."""
+        x, added = table_rows(self.word[...], batch.tokens, self.implementation), None
+        if batch.media is not None:
+            here, features = batch.media.here, jnp.asarray(batch.media.features)
+            x = jnp.where(here[:, None], features[:, 0].astype(x.dtype), x)
+            added = features[:, 1:].swapaxes(0, 1)
+        shared = batch.layout, self._rotary(batch)
+        return run_layers(self.adding, x, *shared, added=added), shared
+
+    def finish(self, x: Float32[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
+        """The last layer, at the scored rows alone, and the head."""
+        x = self.last(x, batch.score_layout, self._rotary(batch), batch.score_at)
+        return einsum("SD,D->S", self.norm(x), self.head[...])
+
+    def __call__(self, batch: Packed) -> Float32[Array, " S"]:
+        x, shared = self.embed(batch)
+        return self.finish(run_layers(self.layers, x, *shared), batch)

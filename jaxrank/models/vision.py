@@ -1,0 +1,266 @@
+"""The vision tower of Qwen3-VL: patches of images and video steps in, features of media tokens out.
+
+Qwen Team 2025, "Qwen3-VL Technical Report"; the computation is that of transformers' Qwen3VLVisionModel. A learned
+table of positions is read between its entries, heads are turned by row and column, and a patch sees the patches of its
+own image or video step. Blocks of merge x merge patches become one token: after the last layer, and after some earlier
+ones for the first text layers (Meng et al. 2024, "DeepStack").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from jaxrank.errors import UnsupportedError
+from jaxrank.kernels import attention, operand_dtype
+from jaxrank.kernels.rotary import Rotary, grid_rotary, turn
+from jaxrank.models.layers import (
+    LayerNorm,
+    Projection,
+    einsum,
+    gelu,
+    in_runs,
+    refuse,
+    run_layers,
+    save_memory,
+    table_rows,
+    weight,
+)
+from jaxrank.sharding import sum_over_shards
+from jaxrank.types import ArrayLike, Config, Layout, PatchRow
+
+EPS = 1e-6
+"""Of every norm of the tower; config.json does not say it."""
+
+HEAD_GROUP = 4
+"""Heads that are computed together in a long row."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """layers: of the whole tower. deepstack: after which of them, counted from 0, features are taken. side: rows and
+    columns of the position table. out_width: the text model's width. channels, steps: of a patch's values."""
+
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    out_width: int
+    side: int
+    merge: int
+    patch: int
+    steps: int
+    channels: int
+    theta: float
+    deepstack: tuple[int, ...]
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def values(self) -> int:
+        """E, the values of a patch: channels, frames, rows, columns."""
+        return self.channels * self.steps * self.patch**2
+
+    @property
+    def features(self) -> int:
+        """U, the feature vectors of a media token."""
+        return 1 + len(self.deepstack)
+
+    @classmethod
+    def read(cls, config: Config) -> VisionConfig:
+        """From the vision_config of config.json; what would change the result and is not implemented is refused by
+        name."""
+        width, heads, depth = config["hidden_size"], config["num_heads"], config["depth"]
+        entries, deepstack = config["num_position_embeddings"], tuple(config["deepstack_visual_indexes"])
+        side = math.isqrt(entries)
+        rotary = config.get("rope_parameters") or {}
+        refuse(
+            {
+                "vision_config.hidden_act": (config["hidden_act"], "gelu_pytorch_tanh"),
+                "vision_config.rope_type": (rotary.get("rope_type", "axial"), "axial"),
+                "vision_config.num_position_embeddings": (entries, side**2),
+                "vision_config.deepstack_visual_indexes": (deepstack, tuple(sorted({*deepstack} & {*range(depth)}))),
+            }
+        )
+        if width % heads or width // heads % 4:
+            raise UnsupportedError(
+                f"config.json: vision_config.hidden_size {width} is not num_heads {heads} times a multiple of 4"
+            )
+        return cls(
+            width=width,
+            layers=depth,
+            heads=heads,
+            ffn=config["intermediate_size"],
+            out_width=config["out_hidden_size"],
+            side=side,
+            merge=config["spatial_merge_size"],
+            patch=config["patch_size"],
+            steps=config["temporal_patch_size"],
+            channels=config["in_channels"],
+            theta=float(rotary.get("rope_theta", 10_000.0)),
+            deepstack=deepstack,
+        )
+
+
+class Attention(nnx.Module):
+    """Queries, keys and values in one kernel, as they are published; queries and keys are turned."""
+
+    def __init__(self, config: VisionConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
+        wide, heads, size = config.width, config.heads, config.head_size
+        self.norm = LayerNorm(wide, EPS)
+        self.kernel = weight(rngs, (wide, 3, heads, size), dtype, shard=-2)
+        self.bias = nnx.Param(jnp.zeros((3, heads, size), jnp.float32), shard=-2)
+        self.out = Projection("PNH,NHD->PD", (heads, size, wide), (wide,), dtype, rngs, shard="N")
+        self.scale = size**-0.5
+        self.implementation = implementation
+
+    def __call__(self, x: Float32[Array, "P D"], layout: Layout, rotary: Rotary) -> Float32[Array, "P D"]:
+        """x plus what its rows draw from each other, in a long row a few heads at a time."""
+        _, _, heads, size = self.kernel.shape
+        group = HEAD_GROUP if save_memory(len(x), self.implementation) and heads % HEAD_GROUP == 0 else heads
+        dtype = self.out.kernel.dtype
+        asking = x
+
+        def add_heads(i: Array | int, x: Array) -> Array:
+            def project(which: int) -> Float[Array, "P group H"]:
+                kernel = jax.lax.dynamic_slice_in_dim(self.kernel[...][:, which], i * group, group, 1)
+                bias = jax.lax.dynamic_slice_in_dim(self.bias[...][which], i * group, group, 0)
+                empty = jnp.zeros((len(x), group, size), operand_dtype(dtype, self.implementation))
+
+                def some(_: Array, y: Array, *angles: Array) -> Array:
+                    z = einsum("PD,DNH->PNH", self.norm(y).astype(dtype), kernel) + bias
+                    return (turn(z, Rotary(*angles)) if angles else z).astype(empty.dtype)
+
+                by = () if which == 2 else rotary
+                return in_runs(some, empty, asking, *by, used=layout.used, implementation=self.implementation)
+
+            q, k, v = (project(which) for which in range(3))
+            drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
+            kernel = jax.lax.dynamic_slice_in_dim(self.out.kernel[...], i * group, group, 0)
+            return in_runs(
+                lambda x, y: x + sum_over_shards(einsum(self.out.spec, y.astype(dtype), kernel)),
+                x,
+                drawn,
+                used=layout.used,
+                implementation=self.implementation,
+            )
+
+        x = add_heads(0, x) if group == heads else jax.lax.fori_loop(0, heads // group, add_heads, x)
+        return x + self.out.bias[...]
+
+
+class Layer(nnx.Module):
+    """Pre-norm transformer layer that looks both ways."""
+
+    def __init__(self, config: VisionConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
+        self.attention = Attention(config, dtype, rngs, implementation)
+        self.norm = LayerNorm(config.width, EPS)
+        self.up = Projection("PD,DF->PF", (config.width, config.ffn), (config.ffn,), dtype, rngs, shard="F")
+        self.down = Projection("PF,FD->PD", (config.ffn, config.width), (config.width,), dtype, rngs, shard="F")
+        self.implementation = implementation
+
+    def __call__(self, x: Float32[Array, "P D"], layout: Layout, rotary: Rotary) -> Float32[Array, "P D"]:
+        return in_runs(
+            self.feed_forward,
+            self.attention(x, layout, rotary),
+            used=layout.used,
+            implementation=self.implementation,
+        )
+
+    def feed_forward(self, x: Float32[Array, "P D"]) -> Float32[Array, "P D"]:
+        return x + self.down(jax.nn.gelu(self.up(self.norm(x)), approximate=True))
+
+
+class Merger(nnx.Module):
+    """Blocks of patches that stand together become one vector of the text model's width.
+
+    The norm is over each patch for the main features, over the whole block for deepstack's.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+        implementation: str | None,
+        *,
+        norm_block: bool,
+    ):
+        block = config.merge**2 * config.width
+        self.norm = LayerNorm(block if norm_block else config.width, EPS)
+        self.up = Projection("RD,DF->RF", (block, block), (block,), dtype, rngs, shard="F")
+        self.down = Projection("RF,FD->RD", (block, config.out_width), (config.out_width,), dtype, rngs, shard="F")
+        self.patches = config.merge**2
+        self.implementation = implementation
+
+    def __call__(self, x: Float32[Array, "P D"], used: ArrayLike) -> Float[Array, "R out"]:
+        """R = P / merge^2 vectors in the matrices' dtype; used: how many patches are no filler."""
+
+        def some(_: Array, blocks: Array) -> Array:
+            normed = self.norm(blocks.reshape(-1, len(self.norm.scale))).reshape(blocks.shape)
+            return self.down(gelu(self.up(normed))).astype(self.down.kernel.dtype)
+
+        blocks = x.reshape(len(x) // self.patches, -1)
+        empty = jnp.zeros((len(blocks), self.down.kernel.shape[-1]), self.down.kernel.dtype)
+        return in_runs(some, empty, blocks, used=used // self.patches, implementation=self.implementation)
+
+
+class Vision(nnx.Module):
+    """A row of P patches in; out [P / merge^2, U, D of the text model], in the dtype of the matrices, as word
+    embeddings are: first what stands in a word's place, then what the first text layers add.
+
+    Matrices and what is multiplied with them are in `dtype`; the residual stream, norms, biases and everything summed
+    are float32. `implementation` is that of kernels.attention. A stage is the layers up to one whose output is merged:
+    stages can be stacked one by one (see layers.stack).
+    """
+
+    def __init__(
+        self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None = None
+    ):
+        self.config = config
+        self.implementation = implementation
+        self.patch = Projection("PE,DE->PD", (config.width, config.values), (config.width,), dtype, rngs)
+        self.position = weight(rngs, (config.side**2, config.width), dtype)
+        ends = [0, *(i + 1 for i in config.deepstack), config.layers]
+        self.stages = nnx.List(
+            [
+                nnx.List([Layer(config, dtype, rngs, implementation) for _ in range(start, end)])
+                for start, end in pairwise(ends)
+            ]
+        )
+        self.mergers = nnx.List(
+            [Merger(config, dtype, rngs, implementation, norm_block=True) for _ in config.deepstack]
+        )
+        self.merger = Merger(config, dtype, rngs, implementation, norm_block=False)
+
+    def embed(self, row: PatchRow) -> tuple[Float32[Array, "P D"], tuple[Any, ...]]:
+        """The first layer's input, and what every layer takes besides."""
+
+        def some(_: Array, pixels: Array, corners: Array, weights: Array) -> Array:
+            x = self.patch(pixels)
+            for i in range(corners.shape[1]):
+                x += weights[:, i, None] * table_rows(self.position[...], corners[:, i], self.implementation)
+            return x
+
+        empty = jnp.zeros((len(row.pixels), self.config.width), jnp.float32)
+        sources = row.pixels, row.corners, row.weights
+        x = in_runs(some, empty, *sources, used=row.layout.used, implementation=self.implementation)
+        return x, (row.layout, grid_rotary(row.positions, self.config.head_size, self.config.theta))
+
+    def __call__(self, row: PatchRow) -> Float[Array, "R U D"]:
+        x, shared = self.embed(row)
+        features = []
+        for stage, merger in zip(self.stages, [*self.mergers, self.merger], strict=True):
+            x = run_layers(stage, x, *shared)
+            features.append(merger(x, row.layout.used))
+        return jnp.stack([features[-1], *features[:-1]], 1)

@@ -1,0 +1,120 @@
+"""The vision tower at work: images and video in, features of their tokens out, by programs of a few static sizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from jaxrank.models.vision import VisionConfig
+from jaxrank.patches import PATCH_LADDER, USUAL_PATCHES, cut_features, pack_patches, patch_bucket, plan_patches
+from jaxrank.scoring import whole_tower
+from jaxrank.types import ArrayLike, Patches, PatchRow
+
+Program = Callable[[PatchRow], ArrayLike]
+"""Compiled for one size: a row of patches in, features [P / merge^2, U, D] out."""
+
+
+def compile_whole(vision: Any) -> Callable[[PatchRow], Program]:
+    """For accelerators: a size is one program, with a scan over the layers of each stage."""
+    run, state = whole_tower(vision)
+
+    def compile(sample: PatchRow) -> Program:
+        return partial(run.lower(state, sample).compile(), state)
+
+    return compile
+
+
+def compile_in_parts(vision: Any) -> Callable[[PatchRow], Program]:
+    """For CPU: a size is four programs, for what comes before the layers, for each of them, and for the two kinds of
+    mergers (see scoring.compile_in_parts for why)."""
+    graph, state = nnx.split(vision)
+    ends: Any = nnx.merge(graph, state)
+    stages = [[nnx.split(layer) for layer in stage] for stage in ends.stages]
+    mergers = [nnx.split(merger) for merger in [*ends.mergers, ends.merger]]
+    for name in ("stages", "mergers", "merger"):
+        delattr(ends, name)
+    ends_graph, ends_state = nnx.split(ends)
+    layers = [layer for stage in stages for layer in stage]
+
+    def compile(sample: PatchRow) -> Program:
+        def embed(state: Any, row: PatchRow) -> Any:
+            return nnx.merge(ends_graph, state).embed(row)
+
+        def run(graph: Any, state: Any, x: jax.Array, *args: Any) -> Any:
+            return nnx.merge(graph, state)(x, *args)
+
+        def compiled(part: tuple[Any, Any], *args: Any, **options: Any) -> Any:
+            return jax.jit(partial(run, part[0]), **options).lower(part[1], *args).compile()
+
+        x, shared = jax.eval_shape(embed, ends_state, sample)
+        used = np.asarray(sample.layout.used)
+        first = jax.jit(embed).lower(ends_state, sample).compile()
+        between = [compiled(layer, x, *shared, donate_argnums=1) for layer in layers[:1]]
+        deep, main = (compiled(merger, x, used) for merger in (mergers[0], mergers[-1]))
+        merge = [deep] * (len(mergers) - 1) + [main]
+
+        def program(row: PatchRow) -> np.ndarray:
+            x, shared = first(ends_state, row)
+            features = []
+            for stage, merged, (_, merger) in zip(stages, merge, mergers, strict=True):
+                for _, state in stage:
+                    # waited for, since calls that wait in line hold their memory
+                    x = between[0](state, x, *shared).block_until_ready()
+                features.append(np.asarray(merged(merger, x, np.asarray(row.layout.used))))
+            return np.stack([features[-1], *features[:-1]], 1)
+
+        return program
+
+    return compile
+
+
+class Tower:
+    """Features of images and video, from rows of a few static sizes.
+
+    vision: a model's tower, which is taken apart. Images share rows of up to row_patches patches. Programs are compiled
+    by `warm_up`, or at first use.
+    """
+
+    def __init__(self, vision: Any, *, ladder: Sequence[int] = PATCH_LADDER, row_patches: int = USUAL_PATCHES):
+        self.config: VisionConfig = vision.config
+        self.ladder, self.row_patches = ladder, row_patches
+        self.compile = compile_in_parts(vision) if jax.default_backend() == "cpu" else compile_whole(vision)
+        self.programs: dict[int, Program] = {}
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compile every size, or load it from the cache. One line a size goes to `progress`."""
+        for patches in self.ladder:
+            start = time.perf_counter()
+            self._program(patches)
+            if progress:
+                progress(f"row of {patches} patches: compiled in {time.perf_counter() - start:.2f} s")
+
+    def _row(self, media: Sequence[Patches], patches: int) -> PatchRow:
+        config = self.config
+        return pack_patches(media, patches, values=config.values, merge=config.merge, side=config.side)
+
+    def _program(self, patches: int) -> Program:
+        if patches not in self.programs:
+            self.programs[patches] = self.compile(self._row([], patches))
+        return self.programs[patches]
+
+    def __call__(self, media: Sequence[Patches]) -> list[Float[np.ndarray, "tokens U D"]]:
+        """The features of each of `media`, in their order and in the dtype of the matrices. Raises ValueError for media
+        that fit no row, or whose pixels do not fit their grid."""
+        features: list[Any] = [None] * len(media)
+        for indices in plan_patches(media, self.row_patches):
+            chosen = [media[i] for i in indices]
+            patches = patch_bucket(sum(len(one.pixels) for one in chosen), self.ladder)
+            made = np.asarray(self._program(patches)(self._row(chosen, patches)))
+            for i, mine in zip(
+                indices, cut_features(made, [one.grid for one in chosen], self.config.merge), strict=True
+            ):
+                features[i] = mine
+        return features
