@@ -39,7 +39,7 @@ from machine import finish, save
 from shapes import MODELS, VL_MODELS, model_flops, tower_flops
 
 from jaxrank.packing import LADDER, pack
-from jaxrank.patches import pack_patches
+from jaxrank.patch_rows import pack_patches
 from jaxrank.scoring import take_tower, whole, whole_tower
 from jaxrank.sharding import DATA, make_mesh, specs
 from jaxrank.types import Encoded, Patches

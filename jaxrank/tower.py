@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from jaxrank.models.vision import VisionConfig
-from jaxrank.patches import PATCH_LADDER, USUAL_PATCHES, cut_features, pack_patches, patch_bucket, plan_patches
+from jaxrank.patch_rows import PATCH_LADDER, USUAL_PATCHES, cut_features, pack_patches, patch_bucket, plan_patches
 from jaxrank.scoring import whole_tower
 from jaxrank.types import ArrayLike, Patches, PatchRow
 

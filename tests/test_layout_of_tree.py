@@ -11,7 +11,7 @@ LAYERS = [
     ["types", "errors", "version"],
     ["kernels", "prompts", "sharding"],
     ["models", "tokens"],
-    ["packing", "patches"],
+    ["packing", "patch_rows"],
     ["scoring", "checkpoint"],
     ["convert", "tower"],
     ["reranker"],

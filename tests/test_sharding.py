@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jaxrank import convert
 from jaxrank.errors import UnsupportedError
 from jaxrank.packing import pack
-from jaxrank.patches import pack_patches
+from jaxrank.patch_rows import pack_patches
 from jaxrank.scoring import take_tower, whole, whole_tower
 from jaxrank.sharding import make_mesh, specs
 from jaxrank.types import Encoded, MediaTokens, Packed, Patches, PatchRow

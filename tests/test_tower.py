@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxrank.models.vision import Vision, VisionConfig
-from jaxrank.patches import pack_patches
+from jaxrank.patch_rows import pack_patches
 from jaxrank.scoring import CompilationCounter
 from jaxrank.tower import Tower, compile_in_parts, compile_whole
 from jaxrank.types import Patches

@@ -23,7 +23,7 @@ from jaxrank.models.qwen3 import Qwen3
 from jaxrank.models.qwen3_vl import Qwen3VLConfig
 from jaxrank.models.vision import Vision, VisionConfig
 from jaxrank.packing import pack
-from jaxrank.patches import cut_features, mrope_positions, pack_patches
+from jaxrank.patch_rows import cut_features, mrope_positions, pack_patches
 from jaxrank.scoring import compile_in_parts, compile_whole, take_tower, whole_tower
 from jaxrank.types import Encoded, MediaTokens, Packed, Patches
 from tests.checkpoints import make_qwen3_vl

@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from jaxrank.kernels import IMPLEMENTATIONS
-from jaxrank.patches import (
+from jaxrank.patch_rows import (
     PATCH_LADDER,
     Grid,
     cut_features,
