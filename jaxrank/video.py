@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from jaxrank.errors import MediaError
 from jaxrank.media import Frames, Limits, Preprocessing, check_bytes, decode_image, fit, resize, upright
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def _decode_video(data: bytes, settings: Preprocessing, limits: Limits) -> Frame
         # a named demuxer: guessing would also try playlists, which open further files
         with av.open(io.BytesIO(data), mode="r", format=demuxer, metadata_errors="ignore") as container:
             return _read_video(container, settings, limits)
+    except MediaError:
+        raise
     except (av.error.FFmpegError, ValueError, OverflowError, EOFError):
         raise limits.refusal("damaged") from None
 
