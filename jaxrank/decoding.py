@@ -66,6 +66,9 @@ class Decoder:
             raise self.limits.refusal("too_many_bytes")
         worker = self._free.get()
         try:
+            if worker is not None and worker.process.poll() is not None:
+                self._drop(worker)  # died between two items, of which neither is to blame
+                worker = None
             worker = worker or self._start()
             header, pixels = worker.ask({"kind": kind, "sizes": list(map(len, parts)), "listed": listed}, parts)
         except BaseException as error:  # an interrupted exchange, too, leaves the pipes in an unknown state
@@ -176,7 +179,7 @@ class _Worker:
             answer = receive(self.source)
             if answer is None:
                 raise EOFError
-            return answer, self._pixels(answer)
+            return answer, self._pixels(answer) if header else None
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             raise _Died(late.is_set()) from None
         finally:
@@ -187,8 +190,6 @@ class _Worker:
 
     def _pixels(self, answer: dict[str, Any]) -> np.ndarray | None:
         """The pixels behind the header. Neither is trusted. Raises ValueError, KeyError, TypeError or EOFError."""
-        if not answer:
-            return None
         if "refused" in answer:
             if answer["refused"] not in REASONS:
                 raise ValueError

@@ -68,7 +68,7 @@ def send(sink: BinaryIO, header: dict[str, Any], *parts: bytes | memoryview) -> 
 
 
 def receive(source: BinaryIO) -> dict[str, Any] | None:
-    """The header of the next message; None at the end. Raises EOFError inside a message."""
+    """The header of the next message; None at the end. Raises EOFError inside a message, ValueError for nonsense."""
     length = source.read(4)
     if not length:
         return None
@@ -76,7 +76,10 @@ def receive(source: BinaryIO) -> dict[str, Any] | None:
     text = source.read(size) if size <= MOST_HEADER else b""
     if len(text) != size:
         raise EOFError("a message was cut short")
-    return json.loads(text)
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError("a header is an object")
+    return header
 
 
 MOST_HEADER = 2**16

@@ -194,6 +194,8 @@ def upright(image: Image.Image, limits: Limits) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
         return image if image.mode == "RGB" else image.convert("RGB")
+    except MemoryError:
+        raise limits.refusal("failed") from None
     except Exception:  # damaged EXIF data and palettes; a user's image may be read from its file only now
         raise limits.refusal("damaged") from None
 

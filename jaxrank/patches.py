@@ -119,9 +119,9 @@ def _places(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
         try:
             content = json.loads(file.read_text("utf-8"))
             parts = [content.get(key) or {} for key in inner[name]] if name in inner else [content]
-        except (OSError, ValueError, AttributeError):
+            read += [(name, file, dict(part)) for part in parts]
+        except (OSError, ValueError, AttributeError, TypeError):
             raise CheckpointError(f"{file} is not a JSON object in UTF-8. Fetch the model again.") from None
-        read += [(name, file, part) for part in parts]
     return read
 
 

@@ -114,8 +114,8 @@ def _read_video(container: av.container.InputContainer, settings: Preprocessing,
     if not container.streams.video:
         raise limits.refusal("no_frames")
     stream = container.streams.video[0]
-    context = stream.codec_context
-    if context.name not in VIDEO_CODECS and context.codec.canonical_name not in VIDEO_CODECS:
+    context = stream.codec_context  # None for codecs that FFmpeg does not know, against what PyAV's types say
+    if context is None or context.codec.canonical_name not in VIDEO_CODECS:
         raise limits.refusal("not_a_video")
     if context.width * context.height > limits.max_frame_pixels:
         raise limits.refusal("too_many_frame_pixels")

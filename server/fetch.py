@@ -12,6 +12,7 @@ import asyncio
 import base64
 import os
 import re
+import ssl
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,15 +32,17 @@ class MediaAccess:
     """Where media may come from, and how much of them.
 
     remote: http and https at all. domains: with any, only from these hosts, exactly. private: from addresses that are
-    not public, too, and from any port. folder: files in it may be named, by file: URL or path. max_items: images and
-    videos of one request, every frame of a listed video counted. max_bytes: of one of them; max_request_bytes: of all,
-    encoded; max_patch_bytes: of all, decoded. connect_s, idle_s, total_s: seconds to connect, between two pieces of an
-    answer, and for all of it with its redirects. at_once: fetches of one request side by side.
+    not public, too, and from any port; else only from `ports`. folder: files in it may be named, by file: URL or path.
+    max_items: images and videos of one request, every frame of a listed video counted. max_bytes: of one of them;
+    max_request_bytes: of all, encoded; max_patch_bytes: of all, decoded. connect_s, idle_s, total_s: seconds to
+    connect, between two pieces of an answer, and for all of it with its redirects. at_once: fetches of one request
+    side by side.
     """
 
     remote: bool = True
     domains: tuple[str, ...] = ()
     private: bool = False
+    ports: tuple[int, ...] = (80, 443)
     folder: Path | None = None
     max_items: int = 256
     max_bytes: int = 20_000_000
@@ -104,13 +107,17 @@ _HOST = re.compile(r"[a-z0-9_.:-]{1,253}")
 
 
 class Fetcher:
-    """Fetches media within `access`, keeping connections for a while. For one event loop."""
+    """Fetches media within `access`, keeping connections for a while. For one event loop.
 
-    def __init__(self, access: MediaAccess, resolver: Resolver = resolve) -> None:
+    resolver: how hosts are looked up. tls: whose certificates are believed; default: the system's authorities.
+    """
+
+    def __init__(self, access: MediaAccess, resolver: Resolver = resolve, tls: ssl.SSLContext | None = None) -> None:
         self.access = access
         self._folder = access.folder.resolve() if access.folder else None
         self._domains = frozenset(_plain_host(domain) for domain in access.domains)
         self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=tls,
             max_connections=64,
             keepalive_expiry=5.0,
             network_backend=CheckedBackend(access.private, resolver),
@@ -144,11 +151,14 @@ class Fetcher:
         """The bytes behind an address. Raises MediaError; cancelling it ends the connection."""
         self.check(address)
         scheme = _scheme(address)
-        if scheme == "data":
-            return self._data(address, take)
         if scheme in DEFAULT_PORTS:
             return await self._remote(address, take)
-        return await asyncio.to_thread(self._file, address, take)
+        if scheme == "data":
+            take(len(self._base64_of(address)) // 4 * 3)
+            return await asyncio.to_thread(self._data, address)
+        content = await asyncio.to_thread(self._file, address)
+        take(len(content))
+        return content
 
     def _base64_of(self, address: str) -> str:
         """The base64 text of a data: URL, not too long."""
@@ -159,9 +169,8 @@ class Fetcher:
             raise self.access.refusal("too_many_bytes")
         return text
 
-    def _data(self, address: str, take: Take) -> bytes:
+    def _data(self, address: str) -> bytes:
         text = self._base64_of(address)
-        take(len(text) // 4 * 3)
         try:
             return base64.b64decode(text, validate=True)
         except ValueError:
@@ -180,7 +189,7 @@ class Fetcher:
             address = unquote(parts.path)
         return self._folder / address
 
-    def _file(self, address: str, take: Take) -> bytes:
+    def _file(self, address: str) -> bytes:
         assert self._folder is not None
         try:
             path = self._path_of(address).resolve(strict=True)
@@ -193,7 +202,6 @@ class Fetcher:
                     raise self.access.refusal("bad_file")
                 if status.st_size > self.access.max_bytes:
                     raise self.access.refusal("too_many_bytes")
-                take(status.st_size)
                 return file.read(status.st_size)
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a circle of links
             raise error if isinstance(error, MediaError) else self.access.refusal("bad_file") from None
@@ -214,7 +222,7 @@ class Fetcher:
         port = DEFAULT_PORTS[scheme] if port is None else port
         if self._domains and host not in self._domains:
             raise self.access.refusal("other_domain")
-        if port not in DEFAULT_PORTS.values() and not self.access.private:
+        if port not in self.access.ports and not self.access.private:
             raise self.access.refusal("bad_port")
         safe = "/%:@!$&'()*+,;=~?"
         target = quote(parts.path or "/", safe=safe) + (f"?{quote(parts.query, safe=safe)}" if parts.query else "")

@@ -1,4 +1,4 @@
-"""The images and videos of one request: each distinct one fetched once and decoded once, side by side, within limits."""
+"""The images and videos of one request: each distinct one fetched once and decoded once, side by side, in bounds."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class _Request:
     def __init__(self, loader: MediaLoader, group: asyncio.TaskGroup) -> None:
         self.loader = loader
         self.group = group
-        self.fetched: dict[str, asyncio.Task[bytes | MediaError]] = {}
+        self.fetched: dict[str, asyncio.Task[tuple[bytes, bytes] | MediaError]] = {}
         self.decoded: dict[object, asyncio.Task[Patches | MediaError]] = {}
         self.slots = asyncio.Semaphore(loader.access.at_once)
         self.take = _Budget(loader.access, "too_many_request_bytes", loader.access.max_request_bytes)
@@ -96,25 +96,26 @@ class _Request:
     async def part(self, index: int, part: MediaPart) -> Patches:
         """The patches of one part. Raises MediaError with its index."""
         try:
-            fetches = [self._fetch(address) for address in part.addresses]
-            data = [_value(await fetch) for fetch in fetches]
-            key = (part.kind, isinstance(part.source, str), *(hashlib.sha256(item).digest() for item in data))
+            found = [_value(await fetch) for fetch in [self._fetch(address) for address in part.addresses]]
+            single = isinstance(part.source, str)
+            key = (part.kind, single, *(digest for _, digest in found))
             if key not in self.decoded:
-                self.decoded[key] = self.group.create_task(
-                    _caught(self._decoded(part.kind, data[0] if isinstance(part.source, str) else data))
-                )
+                data = found[0][0] if single else [content for content, _ in found]
+                self.decoded[key] = self.group.create_task(_caught(self._decoded(part.kind, data)))
             return _value(await self.decoded[key])
         except MediaError as error:
             raise MediaError(error.code, str(error), index) from None
 
-    def _fetch(self, address: str) -> asyncio.Task[bytes | MediaError]:
+    def _fetch(self, address: str) -> asyncio.Task[tuple[bytes, bytes] | MediaError]:
         if address not in self.fetched:
             self.fetched[address] = self.group.create_task(_caught(self._fetched(address)))
         return self.fetched[address]
 
-    async def _fetched(self, address: str) -> bytes:
+    async def _fetched(self, address: str) -> tuple[bytes, bytes]:
+        """The content and its hash."""
         async with self.slots:
-            return await self.loader.fetcher.fetch(address, self.take)
+            content = await self.loader.fetcher.fetch(address, self.take)
+            return content, await asyncio.to_thread(lambda: hashlib.sha256(content).digest())
 
     async def _decoded(self, kind: Kind, data: bytes | list[bytes]) -> Patches:
         patches = await self.loader.decode(kind, data)

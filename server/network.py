@@ -29,6 +29,9 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All that is given out of IPv6; Python also calls global what is not given out, and the old site-local addresses."""
+
 INSIDE_CLOUDS = frozenset({ipaddress.ip_address("168.63.129.16")})
 """Public by its number, and yet answered by the machine's own host: Azure's services for virtual machines."""
 
@@ -46,6 +49,8 @@ def is_public(address: str) -> bool:
         carried = [item for item in inner if item is not None]
         if carried:
             return all(is_public(str(item)) for item in carried)
+        if parsed not in UNICAST:
+            return False
     return (
         parsed.is_global
         and not parsed.is_multicast
