@@ -107,7 +107,7 @@ _HOST = re.compile(r"[a-z0-9_.:-]{1,253}")
 
 
 class Fetcher:
-    """Fetches media within `access`, keeping connections for a while. For one event loop.
+    """Fetches media within `access`, each over a connection of its own. For one event loop.
 
     resolver: how hosts are looked up. tls: whose certificates are believed; default: the system's authorities.
     """
@@ -119,7 +119,7 @@ class Fetcher:
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
             max_connections=64,
-            keepalive_expiry=5.0,
+            max_keepalive_connections=0,  # one that its server is just closing would fail the next fetch
             network_backend=CheckedBackend(access.private, resolver),
         )
 
@@ -132,14 +132,14 @@ class Fetcher:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close what connections are kept."""
+        """Close what connections there are."""
         await self._pool.aclose()
 
     def check(self, address: str) -> None:
         """Raise MediaError for an address that fetch would refuse whatever is behind it. Reads and asks nothing."""
         scheme = _scheme(address)
         if scheme == "data":
-            self._base64_of(address)
+            self._base64_at(address)
         elif scheme in DEFAULT_PORTS:
             self._parse(address)
         elif scheme in ("file", ""):
@@ -154,25 +154,25 @@ class Fetcher:
         if scheme in DEFAULT_PORTS:
             return await self._remote(address, take)
         if scheme == "data":
-            take(len(self._base64_of(address)) // 4 * 3)
+            take((len(address) - self._base64_at(address)) // 4 * 3)
             return await asyncio.to_thread(self._data, address)
         content = await asyncio.to_thread(self._file, address)
         take(len(content))
         return content
 
-    def _base64_of(self, address: str) -> str:
-        """The base64 text of a data: URL, not too long."""
-        head, comma, text = address.partition(",")
-        if not comma or not head[:MOST_CHARACTERS].lower().endswith(";base64"):
+    def _base64_at(self, address: str) -> int:
+        """Where the base64 of a data: URL begins; it is not too long."""
+        start = address.find(",", 0, MOST_CHARACTERS) + 1
+        if not start or not address[: start - 1].lower().endswith(";base64"):
             raise self.access.refusal("bad_data")
-        if len(text) // 4 * 3 - text[-2:].count("=") > self.access.max_bytes:
+        if (len(address) - start) // 4 * 3 - address.count("=", max(start, len(address) - 2)) > self.access.max_bytes:
             raise self.access.refusal("too_many_bytes")
-        return text
+        return start
 
     def _data(self, address: str) -> bytes:
-        text = self._base64_of(address)
+        start = self._base64_at(address)
         try:
-            return base64.b64decode(text, validate=True)
+            return base64.b64decode(address[start:], validate=True)
         except ValueError:
             raise self.access.refusal("bad_data") from None
 
@@ -251,6 +251,7 @@ class Fetcher:
             ("Host", web.authority),
             ("Accept", "image/*, video/*"),
             ("Accept-Encoding", "identity"),
+            ("Connection", "close"),
             ("User-Agent", f"jaxrank/{__version__}"),
         ]
         timeouts = {"connect": access.connect_s, "read": access.idle_s, "write": access.idle_s, "pool": access.total_s}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from jaxrank.errors import MediaError
 from jaxrank.media import Kind
@@ -15,6 +15,7 @@ from jaxrank.server.fetch import Fetcher, MediaAccess
 from jaxrank.types import Patches
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ class _Request:
             key = (part.kind, single, *(digest for _, digest in found))
             if key not in self.decoded:
                 data = found[0][0] if single else [content for content, _ in found]
-                self.decoded[key] = self.group.create_task(_caught(self._decoded(part.kind, data)))
+                self.decoded[key] = self.group.create_task(_caught(self._decoded, part.kind, data))
             return _value(await self.decoded[key])
         except MediaError as error:
             raise MediaError(error.code, str(error), index) from None
 
     def _fetch(self, address: str) -> asyncio.Task[tuple[bytes, bytes] | MediaError]:
         if address not in self.fetched:
-            self.fetched[address] = self.group.create_task(_caught(self._fetched(address)))
+            self.fetched[address] = self.group.create_task(_caught(self._fetched, address))
         return self.fetched[address]
 
     async def _fetched(self, address: str) -> tuple[bytes, bytes]:
@@ -137,10 +138,10 @@ class _Budget:
             raise self.access.refusal(self.code)
 
 
-async def _caught(work: Coroutine[Any, Any, T]) -> T | MediaError:
+async def _caught(work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | MediaError:
     """A refusal as a value, so that every part that waits for it can say its own place."""
     try:
-        return await work
+        return await work(*args, **kwargs)
     except MediaError as error:
         return error
 

@@ -32,8 +32,16 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 UNICAST = ipaddress.IPv6Network("2000::/3")
 """All that is given out of IPv6; Python also calls global what is not given out, and the old site-local addresses."""
 
-INSIDE_CLOUDS = frozenset({ipaddress.ip_address("168.63.129.16")})
-"""Public by its number, and yet answered by the machine's own host: Azure's services for virtual machines."""
+SPECIAL = [
+    ipaddress.ip_network(text)
+    for text in (
+        "192.0.0.0/24",  # protocol assignments, of which older Pythons know a part; a cloud's metadata are here
+        "192.88.99.0/24",  # relays of 6to4
+        "168.63.129.16/32",  # public by its number, but answered by the machine's own host in Azure
+        "2001::/23",  # protocol assignments
+        "3fff::/20",  # documentation
+    )
+]
 
 
 def is_public(address: str) -> bool:
@@ -56,7 +64,7 @@ def is_public(address: str) -> bool:
         and not parsed.is_multicast
         and not parsed.is_reserved
         and not parsed.is_unspecified
-        and parsed not in INSIDE_CLOUDS
+        and not any(parsed in network for network in SPECIAL)
     )
 
 
