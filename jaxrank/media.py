@@ -58,10 +58,10 @@ class Preprocessing:
 class Limits:
     """What is refused before it costs much. Every one holds for one image or video.
 
-    max_bytes: of the file. max_pixels: of an encoded image. max_frame_pixels: of a frame of an encoded video.
-    max_seconds, max_frames: of an encoded video, before sampling. max_listed: images of a video given as a list.
-    seconds: of decoding, by the clock, and twice that by the processor; memory: bytes of address space; both hold
-    where jaxrank.decoding decodes, in its processes.
+    max_bytes: of the file. max_pixels: of an image; Pillow's own limit of 89,478,485 stays. max_frame_pixels: of a
+    frame of an encoded video. max_seconds, max_frames: of an encoded video, before sampling. max_listed: images of a
+    video given as a list. seconds: of decoding, by the clock, and twice that by the processor; memory: bytes of
+    address space; both hold where jaxrank.decoding decodes, in its processes.
     """
 
     max_bytes: int = 20_000_000

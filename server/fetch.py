@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import httpcore2
 
 from jaxrank.errors import MediaError
-from jaxrank.server.network import CheckedBackend, NotPublicError, Resolver, resolve
+from jaxrank.server.network import CheckedBackend, NotPublicError, Resolver, SystemResolver
 from jaxrank.version import __version__
 
 
@@ -109,18 +109,22 @@ _HOST = re.compile(r"[a-z0-9_.:-]{1,253}")
 class Fetcher:
     """Fetches media within `access`, each over a connection of its own. For one event loop.
 
-    resolver: how hosts are looked up. tls: whose certificates are believed; default: the system's authorities.
+    resolver: how hosts are looked up, if not as the system does. tls: whose certificates are believed, if not those
+    of the system's authorities.
     """
 
-    def __init__(self, access: MediaAccess, resolver: Resolver = resolve, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, access: MediaAccess, resolver: Resolver | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.access = access
         self._folder = access.folder.resolve() if access.folder else None
         self._domains = frozenset(_plain_host(domain) for domain in access.domains)
+        self._system = SystemResolver() if resolver is None else None
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
             max_connections=64,
             max_keepalive_connections=0,  # one that its server is just closing would fail the next fetch
-            network_backend=CheckedBackend(access.private, resolver),
+            network_backend=CheckedBackend(resolver or self._system or SystemResolver(), access.private),
         )
 
     async def __aenter__(self) -> Fetcher:
@@ -134,6 +138,8 @@ class Fetcher:
     async def aclose(self) -> None:
         """Close what connections there are."""
         await self._pool.aclose()
+        if self._system:
+            self._system.close()
 
     def check(self, address: str) -> None:
         """Raise MediaError for an address that fetch would refuse whatever is behind it. Reads and asks nothing."""

@@ -10,6 +10,8 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, cast
 
 import httpcore2
@@ -22,10 +24,24 @@ class NotPublicError(Exception):
     """A host has an address that is not on the public internet."""
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host, as the system knows them. Raises OSError, or UnicodeError for names that cannot be."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+class SystemResolver:
+    """The system's way to look up names, on threads of its own.
+
+    A name whose server is silent holds a thread for half a minute: not one of those that the rest of the program needs.
+    """
+
+    def __init__(self, threads: int = 32) -> None:
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="jaxrank-resolve")
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        """Raises OSError, or UnicodeError for what cannot be a name."""
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+    def close(self) -> None:
+        """Look up nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -75,7 +91,7 @@ class CheckedBackend(httpcore2.AsyncNetworkBackend):
     another is not is refused: nobody needs one, and it is how names are switched between check and use.
     """
 
-    def __init__(self, private: bool = False, resolver: Resolver = resolve) -> None:
+    def __init__(self, resolver: Resolver, private: bool = False) -> None:
         self.private = private
         self.resolver = resolver
         self.inner = cast(httpcore2.AsyncNetworkBackend, httpcore2.AnyIOBackend())

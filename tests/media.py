@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,12 @@ def clip(
     codec: str = "libx264",
     gop: int = 12,
     folder: Path | None = None,
+    draw: Callable[[int], np.ndarray] | None = None,
     **options: str,
 ) -> bytes:
     """A video that turns from black to white, evenly, so that a frame's brightness tells its number.
 
-    folder: where to write it, for the options that need a file.
+    folder: where to write it, for the options that need a file. draw: another picture, uint8 [height, width, 3].
     """
     buffer = folder / f"clip.{kind}" if folder else io.BytesIO()
     with av.open(buffer, "w", format=kind, options=options) as container:
@@ -60,7 +62,8 @@ def clip(
         stream.pix_fmt, stream.gop_size = "yuv420p", gop
         for number in range(frames):
             grey = np.full((size[1], size[0], 3), number * 255 // max(frames - 1, 1), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            picture = draw(number) if draw else grey
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return buffer.read_bytes() if isinstance(buffer, Path) else buffer.getvalue()
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,10 +250,19 @@ class TestVideo:
         assert got.pixels[:, 0, 0, 0].tolist() == np.linspace(0, 99, 64, dtype=int).tolist()
 
     def test_turned(self) -> None:
-        video = clip(4, size=(64, 96))
-        upright = video_frames(video, SETTINGS, LIMITS).pixels
+        half = np.zeros((96, 64, 3), np.uint8)
+        half[:, 32:] = 255  # white on the right, which is below once it is turned clockwise
+        video = clip(4, size=(64, 96), draw=lambda number: half)
+        flat = video_frames(video, SETTINGS, LIMITS).pixels
         got = video_frames(turned(video), SETTINGS, LIMITS).pixels
-        assert got.shape[1:3] == upright.shape[2:0:-1]
+        assert got.shape[1:3] == flat.shape[2:0:-1]
+        middle = got.shape[1] // 2
+        assert got[:, : middle - 20].mean() < 20 < 235 < got[:, middle + 20 :].mean()
+
+    def test_without_pyav(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "av", None)
+        assert refused(b"\x00\x00\x00\x18ftypisom", "video") == "no_video"
+        video_patches([photo(32, 32)])
 
 
 class TestRefusedVideo:
