@@ -119,12 +119,12 @@ class Fetcher:
         self.access = access
         self._folder = access.folder.resolve() if access.folder else None
         self._domains = frozenset(_plain_host(domain) for domain in access.domains)
-        self._system = SystemResolver() if resolver is None else None
+        self._resolver = resolver or SystemResolver()
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
             max_connections=64,
             max_keepalive_connections=0,  # one that its server is just closing would fail the next fetch
-            network_backend=CheckedBackend(resolver or self._system or SystemResolver(), access.private),
+            network_backend=CheckedBackend(self._resolver, access.private),
         )
 
     async def __aenter__(self) -> Fetcher:
@@ -138,8 +138,8 @@ class Fetcher:
     async def aclose(self) -> None:
         """Close what connections there are."""
         await self._pool.aclose()
-        if self._system:
-            self._system.close()
+        if isinstance(self._resolver, SystemResolver):
+            self._resolver.close()
 
     def check(self, address: str) -> None:
         """Raise MediaError for an address that fetch would refuse whatever is behind it. Reads and asks nothing."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -272,6 +273,9 @@ class TestRefusedVideo:
         first = clip(60, folder=tmp_path, movflags="faststart")
         video_patches(first)
         assert refused(first[: len(first) * 3 // 4], "video") == "damaged"
+        with av.open(io.BytesIO(first)) as container:
+            ends = [(packet.pos or 0) + packet.size for packet in container.demux(video=0) if packet.size]
+        assert refused(first[: ends[40]], "video") == "damaged"  # where one frame ends and the next is missing
 
     def test_no_frames(self) -> None:
         assert refused(sound(), "video") == "no_frames"
