@@ -66,7 +66,7 @@ def sample(total: int, fps: float, settings: Preprocessing) -> list[int]:
     Of a video shorter than a step, all.
     """
     step = settings.temporal_patch_size
-    least, most = math.ceil(settings.min_frames / step) * step, settings.max_frames // step * step
+    least, most = math.ceil(settings.min_frames / step) * step, max(settings.max_frames // step, 1) * step
     count = math.floor(min(max(total / fps * settings.fps, least), most, total) / step) * step
     return np.linspace(0, total - 1, count or total).round().astype(int).tolist()
 
@@ -113,10 +113,10 @@ def _demuxer(data: bytes, limits: Limits) -> str:
 def _read_video(container: av.container.InputContainer, settings: Preprocessing, limits: Limits) -> Frames:
     if not container.streams.video:
         raise limits.refusal("no_frames")
-    stream = container.streams.video[0]
-    context = stream.codec_context  # None for codecs that FFmpeg does not know, against what PyAV's types say
-    if context is None or context.codec.canonical_name not in VIDEO_CODECS:
+    stream = next(filter(_is_taken, container.streams.video), None)  # there may be a cover picture besides
+    if stream is None:
         raise limits.refusal("not_a_video")
+    context = stream.codec_context
     if context.width * context.height > limits.max_frame_pixels:
         raise limits.refusal("too_many_frame_pixels")
     context.options = {"max_pixels": str(limits.max_frame_pixels)}  # for frames that are larger than the header says
@@ -134,6 +134,11 @@ def _read_video(container: av.container.InputContainer, settings: Preprocessing,
     if len(pixels) < len(chosen):
         raise limits.refusal("damaged")
     return Frames(np.stack(pixels), step_seconds([i / fps for i in chosen], settings.temporal_patch_size))
+
+
+def _is_taken(stream: av.video.stream.VideoStream) -> bool:
+    context = stream.codec_context  # None for codecs that FFmpeg does not know, against what PyAV's types say
+    return context is not None and context.codec.canonical_name in VIDEO_CODECS
 
 
 def _scan(

@@ -213,6 +213,7 @@ class TestVideo:
         assert sample(1, 30, SETTINGS) == [0]
         assert sample(2, 0.001, SETTINGS) == [0, 1]
         assert len(sample(1000, 30, replace(SETTINGS, max_frames=7, fps=2))) == 6
+        assert len(sample(1000, 30, replace(SETTINGS, max_frames=1))) == 2  # one step at least
 
     def test_budget(self) -> None:
         for frames in (1, 2, 4, 20, 21, 40, 64):
@@ -260,6 +261,18 @@ class TestVideo:
         middle = got.shape[1] // 2
         assert got[:, : middle - 20].mean() < 20 < 235 < got[:, middle + 20 :].mean()
 
+    def test_cover_pictures_are_not_the_video(self) -> None:
+        file = io.BytesIO()
+        with av.open(file, "w", format="mov") as container:
+            streams: list[Any] = [container.add_stream(codec, rate=1) for codec in ("mjpeg", "libx264")]
+            for stream, pixel_format in zip(streams, ("yuvj420p", "yuv420p"), strict=True):
+                stream.width = stream.height = 64
+                stream.pix_fmt = pixel_format
+            for stream, grey in zip(streams, (0, 255), strict=True):
+                picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), grey, np.uint8), format="rgb24")
+                container.mux([*stream.encode(picture), *stream.encode()])
+        assert video_frames(file.getvalue(), SETTINGS, LIMITS).pixels.min() > 200
+
     def test_without_pyav(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "av", None)
         assert refused(b"\x00\x00\x00\x18ftypisom", "video") == "no_video"
@@ -273,7 +286,7 @@ class TestRefusedVideo:
         first = clip(60, folder=tmp_path, movflags="faststart")
         video_patches(first)
         assert refused(first[: len(first) * 3 // 4], "video") == "damaged"
-        with av.open(io.BytesIO(first)) as container:
+        with av.open(io.BytesIO(first), mode="r") as container:
             ends = [(packet.pos or 0) + packet.size for packet in container.demux(video=0) if packet.size]
         assert refused(first[: ends[40]], "video") == "damaged"  # where one frame ends and the next is missing
 
