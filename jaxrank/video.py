@@ -10,7 +10,7 @@ import bisect
 import io
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -87,10 +87,12 @@ def _decode_video(data: bytes, settings: Preprocessing, limits: Limits) -> Frame
     except ImportError:
         raise limits.refusal("no_video") from None
     check_bytes(data, limits)
-    demuxer = _demuxer(data, limits)
+    # a named demuxer: guessing would also try playlists, which open further files
+    options: dict[str, Any] = {"mode": "r", "format": _demuxer(data, limits)}
+    if int(av.__version__.split(".")[0]) < 19:  # newer ones always do
+        options["metadata_errors"] = "ignore"  # titles need not be UTF-8
     try:
-        # a named demuxer: guessing would also try playlists, which open further files
-        with av.open(io.BytesIO(data), mode="r", format=demuxer, metadata_errors="ignore") as container:
+        with av.open(io.BytesIO(data), **options) as container:
             return _read_video(container, settings, limits)
     except MediaError:
         raise

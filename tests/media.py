@@ -57,6 +57,7 @@ def clip(
     """
     buffer = folder / f"clip.{kind}" if folder else io.BytesIO()
     with av.open(buffer, "w", format=kind, options=options) as container:
+        container.metadata["title"] = "a title"
         stream: Any = container.add_stream(codec, rate=fps)
         stream.width, stream.height = size
         stream.pix_fmt, stream.gop_size = "yuv420p", gop

@@ -273,6 +273,11 @@ class TestVideo:
                 container.mux([*stream.encode(picture), *stream.encode()])
         assert video_frames(file.getvalue(), SETTINGS, LIMITS).pixels.min() > 200
 
+    def test_titles_in_any_encoding(self) -> None:
+        video = clip(4)
+        assert b"a title" in video
+        video_patches(video.replace(b"a title", b"caf\xe9 \xff\xfe"))
+
     def test_without_pyav(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "av", None)
         assert refused(b"\x00\x00\x00\x18ftypisom", "video") == "no_video"
