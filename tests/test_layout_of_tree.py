@@ -1,6 +1,8 @@
 """The architecture, held: who may import whom, and the public names."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import jaxrank
@@ -9,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     ["types", "errors", "version"],
-    ["kernels", "prompts", "sharding"],
-    ["models", "tokens"],
-    ["packing", "patch_rows"],
-    ["scoring", "checkpoint"],
+    ["kernels", "prompts", "sharding", "media"],
+    ["models", "tokens", "video"],
+    ["packing", "patches", "patch_rows", "decoding_child"],
+    ["scoring", "checkpoint", "decoding", "prompt_tokens"],
     ["convert", "tower"],
     ["reranker"],
     ["server"],
@@ -60,8 +62,17 @@ def test_heavy_or_test_only_libraries_stay_out():
             for name in names:
                 top = name.split(".")[0]
                 assert top != "torch" or module.startswith("convert"), f"{path} imports torch"
-                assert top not in ("fastapi", "starlette", "uvicorn") or module.startswith("server"), path
+                assert top not in ("fastapi", "starlette", "uvicorn", "httpcore2") or module.startswith("server"), path
+                assert top != "av" or module in ("video", "decoding_child"), f"{path} imports av"
                 assert top not in ("pytest", "sentence_transformers", "optax"), path
+
+
+def test_what_decodes_untrusted_files_loads_little():
+    code = (
+        "import sys, jaxrank.decoding_child as _; print([m for m in ('jax', 'torch', 'fastapi') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_public_names():
