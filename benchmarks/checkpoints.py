@@ -80,7 +80,8 @@ def make_qwen_tokenizer(folder: Path, vocab_size: int, texts: Iterable[str]) -> 
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
     other = ["<think>", "</think>", "<tool_call>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(special) - len(other),

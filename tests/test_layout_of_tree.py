@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["types", "errors", "version"],
     ["kernels", "prompts", "sharding"],
-    ["models", "tokens"],
+    ["models", "tokens", "patches"],
+    ["prompt_tokens"],
     ["packing"],
     ["scoring", "checkpoint"],
     ["convert"],
