@@ -6,15 +6,34 @@ request begin with alike, a causal model computes once a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from jaxrank.kernels import make_layout
-from jaxrank.types import NO_PREFIX, Encoded, Packed
+from jaxrank.types import Encoded, Media, MediaTokens, Packed
 
 LADDER = tuple(step * 2**power for power in range(7, 16) for step in (1, 1.5))
 """128, 192, 256, 384, ... tokens: doubling, with a step between that halves the filler of a row's end."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the vision tower made of images and videos, by the id() of their Patches: [tokens, U, D], on the host.
+
+    shape: (U, D). dtype: of the features.
+    """
+
+    shape: tuple[int, int]
+    dtype: DTypeLike
+    of: Mapping[int, Float[np.ndarray, "tokens U D"]] = field(default_factory=dict)
+
+    def none(self, tokens: int) -> MediaTokens:
+        """Those of a row that has no media yet."""
+        return MediaTokens(np.zeros(tokens, bool), np.zeros((tokens, *self.shape), self.dtype))
 
 
 def slots(tokens: int) -> int:
@@ -61,7 +80,7 @@ def plan(pairs: Sequence[Encoded], row_tokens: int) -> list[list[int]]:
 
     groups: dict[bytes | int, list[int]] = {}
     for i, pair in enumerate(pairs):
-        groups.setdefault(pair.prefix.tobytes() or i, []).append(i)
+        groups.setdefault(pair.prefix_key or i, []).append(i)
     sizes = {key: row_size([pairs[i] for i in group]) for key, group in groups.items()}
     for key in sorted(groups, key=lambda key: -sizes[key]):
         group = sorted(groups[key], key=lambda i: -len(pairs[i].tokens))
@@ -81,49 +100,63 @@ def plan(pairs: Sequence[Encoded], row_tokens: int) -> list[list[int]]:
 
 def row_size(pairs: Sequence[Encoded]) -> int:
     """How many tokens of a row the pairs take, every prefix counted once."""
-    prefixes = {pair.prefix.tobytes() for pair in pairs}
-    return sum(len(pair.tokens) for pair in pairs) + sum(len(prefix) // NO_PREFIX.itemsize for prefix in prefixes)
+    prefixes = {pair.prefix_key: len(pair.prefix) for pair in pairs}
+    return sum(len(pair.tokens) for pair in pairs) + sum(prefixes.values())
 
 
-def pack(pairs: Sequence[Encoded], tokens: int, *, causal: bool = False, implementation: str | None = None) -> Packed:
+def pack(
+    pairs: Sequence[Encoded],
+    tokens: int,
+    *,
+    causal: bool = False,
+    implementation: str | None = None,
+    features: Features | None = None,
+) -> Packed:
     """One row of `tokens` tokens holding `pairs` in order, pair i scored in slot i; ValueError if they do not fit.
 
     A prefix stands once, before the first pair that has it: a star, whose pairs see it and themselves. causal: tokens
     see what stands before them in their pair, and themselves; otherwise the whole pair, which can have no prefix.
-    implementation: of the attention that the layouts are for; None is the default device's.
+    implementation: of the attention that the layouts are for; None is the default device's. features: of the pairs'
+    images and videos; a row has place for them where it is given, be there any or not.
     """
     used, most = row_size(pairs), slots(tokens)
     if used > tokens or len(pairs) > most:
         raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit a row of {tokens} tokens and {most} pairs")
     row = np.zeros(tokens, np.int32)
-    positions = np.zeros(tokens, np.int32)
+    positions = np.zeros((3, tokens), np.int32)
     spans = np.zeros((tokens, 4), np.int32)
     score_at = np.zeros(most, np.int32)
     score_spans = np.zeros((most, 4), np.int32)
+    media = None if features is None else features.none(tokens)
     end = 0
 
-    def lay(ids: np.ndarray, prefix: tuple[int, int]) -> int:
+    def lay(ids: np.ndarray, prefix: tuple[int, int], mine: Media | None) -> int:
         """Put tokens at the end of what there is, after the tokens of their prefix; where they begin."""
         nonlocal end
         start, end = end, end + len(ids)
         row[start:end] = ids
-        positions[start:end] = np.arange(len(ids)) + prefix[1] - prefix[0]
+        positions[:, start:end] = np.arange(len(ids)) + prefix[1] - prefix[0] if mine is None else mine.positions
         spans[start:end, :2] = prefix
         spans[start:end, 2] = start
         spans[start:end, 3] = np.arange(start, end) + 1 if causal else end
+        if mine is not None and mine.patches:
+            if features is None or media is None:
+                raise ValueError("pairs with images or videos need their features")
+            media.here[start + mine.at] = True
+            media.features[start + mine.at] = np.concatenate([features.of[id(one)] for one in mine.patches])
         return start
 
     prefixes = {b"": (0, 0)}
     for slot, pair in enumerate(pairs):
-        key = pair.prefix.tobytes()
+        key = pair.prefix_key
         if key not in prefixes:
             if not causal:
                 raise ValueError("pairs of a model that looks both ways cannot share a prefix")
-            prefixes[key] = (lay(pair.prefix, (0, 0)), end)
-        score_at[slot] = lay(pair.tokens, prefixes[key]) + pair.score_at
+            prefixes[key] = (lay(pair.prefix, (0, 0), pair.prefix_media), end)
+        score_at[slot] = lay(pair.tokens, prefixes[key], pair.media) + pair.score_at
         score_spans[slot] = spans[score_at[slot]]
     layout, score_layout = (make_layout(rows, tokens, implementation) for rows in (spans, score_spans))
-    return Packed(row, positions, score_at, layout, score_layout)
+    return Packed(row, positions if media else positions[0], score_at, layout, score_layout, media)
 
 
 def bucket_of(lengths: int, count: int, ladder: Sequence[int]) -> int:

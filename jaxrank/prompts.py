@@ -21,10 +21,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxrank.errors import RequestError
 
-TEMPLATES = Path(__file__).parent / "templates" / "qwen3"
-PROMPTS = ("official", "sglang", "vllm", "none")
-"""Built-in prompts: the publisher's; SGLang's, without the think block at the end; vLLM's, a newline short of the
-publisher's; and the bare query and document side by side."""
+TEMPLATES = Path(__file__).parent / "templates"
+PROMPTS = {"qwen3": ("official", "sglang", "vllm", "none"), "qwen3_vl": ("official", "none")}
+"""Built-in prompts by family: the publisher's; SGLang's, without the think block at the end; vLLM's, a newline short of
+the publisher's; and the bare query and document side by side. For Qwen3-VL all three write the same."""
 
 STEPS = 20_000
 """Lines of a template that may be run; one that loops for longer is refused."""
@@ -56,8 +56,8 @@ class Prompt:
         return Slot.INSTRUCT in self.instructed
 
 
-def load_prompt(name: str = "official", template: str | Path | None = None) -> Prompt:
-    """One of PROMPTS, or what a user's template file renders. Raises RequestError, which names the template's line.
+def load_prompt(name: str = "official", template: str | Path | None = None, family: str = "qwen3") -> Prompt:
+    """One of the family's PROMPTS, or what a user's template file renders. RequestError names the template's line.
 
     Templates of three conventions are understood: SGLang's text (`messages[0].content`, `messages[1].content`,
     `instruct`), SGLang's multimodal (`query` and `document` as lists of parts with `type` and `text`, `instruct`), and
@@ -65,9 +65,9 @@ def load_prompt(name: str = "official", template: str | Path | None = None) -> P
     sandbox strips blocks' newlines and one newline at the end. A template must put query and document in as they are:
     one that changes them is refused, since it would not be run for every text.
     """
-    if template is None and name not in PROMPTS:
-        raise RequestError(f"prompt {name!r} is unknown; one of {', '.join(PROMPTS)}")
-    path = Path(template) if template is not None else TEMPLATES / f"{name}.jinja"
+    if template is None and name not in PROMPTS[family]:
+        raise RequestError(f"prompt {name!r} is unknown; one of {', '.join(PROMPTS[family])}")
+    path = Path(template) if template is not None else TEMPLATES / family / f"{name}.jinja"
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from jaxrank import checkpoint, convert
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.models import settings_of
+from jaxrank.prompt_tokens import PromptTokenizer
 from jaxrank.prompts import load_prompt
 from jaxrank.scoring import Scorer, use_compilation_cache
-from jaxrank.tokens import PairTokenizer, PromptTokenizer, check_text
+from jaxrank.tokens import PairTokenizer, check_text
 from jaxrank.types import Encoded, Ranked
 
 BUILTIN = Path(__file__).parent / "builtin"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxrank.errors import CheckpointError, RequestError, TooLongError
-from jaxrank.prompts import Piece, Prompt, Slot, Texts, unwrap
-from jaxrank.types import NO_PREFIX, Encoded
+from jaxrank.types import Encoded
 
 CHARACTERS_PER_TOKEN = 32
 """No token of these vocabularies is this long: what lies further than that beyond the limit need not be tokenised."""
 
 SPARE = 64
 """Tokens beyond the limit that are tokenised all the same: where a text was cut changes only its last few tokens."""
-
-Segment = tuple[Piece, ...]
-"""A run of a prompt's text without markup, with gaps for texts."""
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
@@ -119,7 +114,7 @@ class PairTokenizer:
 
     def _ids(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         """Token ids of each text; of one far longer than `limit` tokens, ids enough to fill the limit."""
-        clipped = [_clip(text, limit) for text in texts]
+        clipped = [clip(text, limit) for text in texts]
         ids = [e.ids for e in self.tokenizer.encode_batch_fast(clipped, add_special_tokens=False)]
         for i, text in enumerate(texts):
             if len(clipped[i]) < len(text) and len(ids[i]) < limit + SPARE:
@@ -152,145 +147,7 @@ class PairTokenizer:
         return pairs
 
 
-class PromptTokenizer:
-    """A prompt's own text with instruct, query and document in its gaps, the scored token being the last one.
-
-    As Qwen3-Reranker's script does: the ids are those of the whole text, cut at the prompt's own markup, and where they
-    are too many, the last ones of the document are left out, and then of the query; the frame stays. All documents of
-    a request begin with the same tokens, which become their shared prefix. Thread-safe.
-    """
-
-    def __init__(self, folder: Path, max_length: int, prompt: Prompt):
-        self.tokenizer, self._special = load_tokenizer(folder)
-        self.max_length = max_length
-        self.prompt = prompt
-        self._plain, self._instructed = self._segments(prompt.plain), self._segments(prompt.instructed)
-        frame = len(self._cut(self._instructed, dict.fromkeys(Slot, ""), 0))
-        if max_length < frame + 8:
-            raise RequestError(f"max_length is {max_length}; the prompt alone takes {frame} tokens")
-
-    def _segments(self, pieces: Sequence[Piece]) -> list[int | Segment]:
-        """A prompt as ids, and runs of text with gaps between them, which are tokenised as one."""
-        marks = sorted(self._special, key=len, reverse=True)
-        pattern = re.compile(f"({'|'.join(map(re.escape, marks)) or '(?!)'})")
-        segments: list[int | Segment] = []
-        run: list[Piece] = []
-
-        def end_run() -> None:
-            if any(isinstance(piece, Slot) for piece in run):
-                segments.append(tuple(run))
-            else:
-                segments.extend(self._ids("".join(map(str, run))))
-            run.clear()
-
-        for piece in pieces:
-            if isinstance(piece, Slot):
-                run.append(piece)
-                continue
-            for part in pattern.split(piece):
-                if part in self._special:
-                    end_run()
-                    segments.append(self._special[part])
-                elif part:
-                    run.append(part)
-        end_run()
-        return segments
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _clipped(self, text: str) -> str:
-        """`text`, or if it is far too long for any prompt, a part of it that is too long all the same."""
-        clipped = _clip(text, self.max_length)
-        long_enough = len(clipped) < len(text) and len(self._ids(clipped)) >= self.max_length + SPARE
-        return clipped if long_enough else text
-
-    def encode(
-        self, query: str, documents: Sequence[str], *, truncate: bool = True, instruct: str | None = None
-    ) -> list[Encoded]:
-        """One Encoded for each document, in order; texts in the publisher's frame are taken out of it (see unwrap).
-
-        Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
-        32 characters a token of the limit). truncate=False raises TooLongError instead.
-        """
-        check_text(query, "query")
-        documents = [check_text(text, f"documents[{i}]") for i, text in enumerate(documents)]
-        instruct, query, documents = unwrap(Texts(instruct, query, documents))
-        texts = {Slot.QUERY: self._clipped(query)}
-        if instruct is not None:
-            texts[Slot.INSTRUCT] = self._clipped(check_text(instruct, "instruct"))
-        documents = [self._clipped(text) for text in documents]
-        segments = self._plain if instruct is None else self._instructed
-        at = next(i for i, s in enumerate(segments) if isinstance(s, tuple) and Slot.DOCUMENT in s)
-        run = segments[at]
-        assert isinstance(run, tuple)
-        head, tail = ([*self._fill(part, texts)] for part in (segments[:at], segments[at + 1 :]))
-        written = [_write(run, {**texts, Slot.DOCUMENT: text}) for text in documents]
-        bodies = self.tokenizer.encode_batch_fast(written, add_special_tokens=False)
-        prompts, excesses = [], []
-        for i, (text, body) in enumerate(zip(documents, bodies, strict=True)):
-            ids = [*head, *body.ids, *tail]
-            excess = max(len(ids) - self.max_length, 0)
-            if excess and not truncate:
-                raise TooLongError(
-                    f"This model's maximum context length is {self.max_length} tokens, but documents[{i}] with its "
-                    f"query has at least {len(ids)}. Shorten it, or allow truncation"
-                )
-            if excess:
-                ids = self._cut(segments, {**texts, Slot.DOCUMENT: text}, excess)
-            prompts.append(np.array(ids, np.int32))
-            excesses.append(excess)
-        shared = _common_prefix(prompts) if len(prompts) > 1 else 0
-        prefix = prompts[0][:shared] if prompts else NO_PREFIX
-        return [
-            Encoded(ids[shared:], len(ids) - shared - 1, excess, prefix)
-            for ids, excess in zip(prompts, excesses, strict=True)
-        ]
-
-    def _fill(self, segments: Sequence[int | Segment], texts: dict[Slot, str]) -> Iterator[int]:
-        for segment in segments:
-            yield from (segment,) if isinstance(segment, int) else self._ids(_write(segment, texts))
-
-    def _cut(self, segments: Sequence[int | Segment], texts: dict[Slot, str], excess: int) -> list[int]:
-        """The ids of a whole prompt without `excess` of them: first the document's last ones, then the last ones of
-        what stands between the first gap and the last one of its run of text."""
-        ids: list[int] = []
-        ranks: list[int] = []
-        for segment in segments:
-            if isinstance(segment, int):
-                ids.append(segment)
-                ranks.append(0)
-                continue
-            encoding = self.tokenizer.encode(_write(segment, texts), add_special_tokens=False)
-            ends = np.cumsum([len(texts[p] if isinstance(p, Slot) else p) for p in segment]).tolist()
-            places = {
-                p: (end - len(texts[p]), end) for p, end in zip(segment, ends, strict=True) if isinstance(p, Slot)
-            }
-            first, last = min(start for start, _ in places.values()), max(end for _, end in places.values())
-            start, end = places.get(Slot.DOCUMENT, (0, 0))
-            for left, right in encoding.offsets:
-                in_document, in_body = left < end and right > start, left < last and right > first
-                ranks.append(2 if in_document else 1 if in_body else 0)
-            ids += encoding.ids
-        order = sorted((rank, i) for i, rank in enumerate(ranks) if rank)
-        gone = {i for _, i in order[len(order) - excess :]}
-        return [token for i, token in enumerate(ids) if i not in gone]
-
-
-def _write(segment: Segment, texts: dict[Slot, str]) -> str:
-    return "".join(texts[piece] if isinstance(piece, Slot) else piece for piece in segment)
-
-
-def _common_prefix(prompts: Sequence[np.ndarray]) -> int:
-    """How many tokens all prompts begin with alike, so that at least one is left of each."""
-    shared = min(map(len, prompts)) - 1
-    for ids in prompts[1:]:
-        different = np.flatnonzero(ids[:shared] != prompts[0][:shared])
-        shared = int(different[0]) if len(different) else shared
-    return shared
-
-
-def _clip(text: str, limit: int) -> str:
+def clip(text: str, limit: int) -> str:
     """A prefix of `text` whose first `limit` tokens are those of the whole text; it ends at a space if one is near."""
     most = (limit + 2 * SPARE) * CHARACTERS_PER_TOKEN
     if len(text) <= most:

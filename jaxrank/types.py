@@ -26,22 +26,58 @@ NO_PREFIX = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
+class Patches:
+    """One image, or the sampled frames of one video, cut into patches for the vision tower.
+
+    pixels: float32 [P, E], normalised, in the order of transformers' image processor: blocks of merge x merge patches
+    that become one token stand together. grid: patches in time, height and width. seconds: for a video the time of
+    each step of the grid, empty for an image.
+    """
+
+    pixels: Float32[np.ndarray, "P E"]
+    grid: tuple[int, int, int]
+    seconds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Media:
+    """Images and videos in a run of tokens.
+
+    at: int32 [M], which of the tokens stand for them, in the order of their patches. positions: int32 [3, length], of
+    all tokens of the run by time, height and width, counted from the start of the prompt.
+    """
+
+    patches: tuple[Patches, ...]
+    at: Int32[np.ndarray, " M"]
+    positions: Int32[np.ndarray, "3 length"]
+
+
+@dataclass(frozen=True)
 class Encoded:
     """One tokenised (query, document) pair, not padded.
 
     tokens: int32 [length], the pair's own tokens. score_at: which of them the score is read from. dropped: how many
     tokens of query and document truncation removed. prefix: int32 [length], tokens that stand before the own ones and
-    are the same in other pairs, with which they may share one computation; for causal models alone.
+    are the same in other pairs, with which they may share one computation; for causal models alone. media,
+    prefix_media: the images and videos among the own tokens and among the prefix's; both None in pairs of text alone.
     """
 
     tokens: Int32[np.ndarray, " length"]
     score_at: int = 0
     dropped: int = 0
     prefix: Int32[np.ndarray, " prefix"] = field(default_factory=lambda: NO_PREFIX)
+    media: Media | None = None
+    prefix_media: Media | None = None
 
     def __len__(self) -> int:
         """All its tokens, the shared ones included."""
         return len(self.prefix) + len(self.tokens)
+
+    @property
+    def prefix_key(self) -> bytes:
+        """Equal for pairs of the same prefix, its very images and videos included; empty without one."""
+        seen = () if self.prefix_media is None else map(id, self.prefix_media.patches)
+        return self.prefix.tobytes() + b"".join(one.to_bytes(8, "little") for one in seen)
 
 
 @dataclass(frozen=True)
@@ -108,20 +144,6 @@ class Packed:
     layout: Layout
     score_layout: Layout
     media: MediaTokens | None = None
-
-
-@dataclass(frozen=True)
-class Patches:
-    """One image, or the sampled frames of one video, cut into patches for the vision tower.
-
-    pixels: float32 [P, E], normalised, in the order of transformers' image processor: blocks of merge x merge patches
-    that become one token stand together. grid: patches in time, height and width. seconds: for a video the time of
-    each step of the grid, empty for an image.
-    """
-
-    pixels: Float32[np.ndarray, "P E"]
-    grid: tuple[int, int, int]
-    seconds: tuple[float, ...] = ()
 
 
 @jax.tree_util.register_dataclass

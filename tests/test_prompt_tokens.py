@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.publisher import Script
 from jaxrank.errors import RequestError, TooLongError
+from jaxrank.prompt_tokens import PromptTokenizer
 from jaxrank.prompts import load_prompt
-from jaxrank.tokens import PromptTokenizer
 from jaxrank.types import Encoded
 from tests.checkpoints import TEXT, make_qwen_tokenizer
 

@@ -46,7 +46,7 @@ class TestBuiltIn:
         assert not prompt.takes_instruct
 
     def test_all_are_listed(self) -> None:
-        assert set(PROMPTS) == {*BUILT_IN, "none"}
+        assert set(PROMPTS["qwen3"]) == {*BUILT_IN, "none"}
 
     def test_unknown(self) -> None:
         with pytest.raises(RequestError, match="prompt 'offical' is unknown; one of official, sglang, vllm, none"):

@@ -1,0 +1,291 @@
+"""From a prompt's frame and what a request puts into it to token ids; texts stay texts, images and videos are spans."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxrank.errors import RequestError, TooLongError
+from jaxrank.patch_rows import mrope_positions, tokens_of
+from jaxrank.prompts import Piece, Prompt, Slot, Texts, unwrap
+from jaxrank.tokens import SPARE, check_text, clip, load_tokenizer
+from jaxrank.types import NO_PREFIX, Encoded, Media, Patches
+
+Part = str | Patches
+"""Of a query or document: text, an image or a video."""
+
+Segment = tuple[Piece, ...]
+"""A run of a prompt's text without markup, with gaps for texts."""
+
+FRAME, BODY, DOCUMENT = range(3)
+"""How dear a token is, when a prompt is too long: the frame's markup and media stay, the document's text goes first,
+then the last of what stands between the first gap and the last one."""
+
+
+class Text(NamedTuple):
+    """A run of text that is tokenised as one: its parts, and how dear each is."""
+
+    parts: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "".join(self.parts)
+
+
+class Span(NamedTuple):
+    """The tokens of an image, or of one step of a video: a token of markup on either side of those that stand for it.
+    media: the number of the image or video in its prompt."""
+
+    ids: list[int]
+    media: int
+
+
+Chunk = int | Text | Span
+
+
+class PromptTokenizer:
+    """A prompt's own text with instruct, query and document in its gaps, the scored token being the last one.
+
+    As the scripts of Qwen3-Reranker and Qwen3-VL-Reranker do: the ids are those of the whole text, cut at the prompt's
+    own markup, and where they are too many, the last ones of the document's text are left out, and then of the query's;
+    frame and media stay. All documents of a request begin with the same tokens, which become their shared prefix.
+    Thread-safe. merge: patches, both ways, that become one token, for models that see images.
+    """
+
+    def __init__(self, folder: Path, max_length: int, prompt: Prompt, merge: int | None = None):
+        self.tokenizer, self._special = load_tokenizer(folder)
+        self.max_length = max_length
+        self.prompt = prompt
+        self.merge = merge
+        self._plain, self._instructed = self._segments(prompt.plain), self._segments(prompt.instructed)
+        chunks = self._chunks(self._instructed, {slot: [""] for slot in Slot}, [])
+        frame = sum(len(self._ids(str(chunk))) if isinstance(chunk, Text) else 1 for chunk in chunks)
+        if max_length < frame + 8:
+            raise RequestError(f"max_length is {max_length}; the prompt alone takes {frame} tokens")
+
+    def _segments(self, pieces: Sequence[Piece]) -> list[int | Segment]:
+        """A prompt as ids, and runs of text with gaps between them, which are tokenised as one."""
+        marks = sorted(self._special, key=len, reverse=True)
+        pattern = re.compile(f"({'|'.join(map(re.escape, marks)) or '(?!)'})")
+        segments: list[int | Segment] = []
+        run: list[Piece] = []
+
+        def end_run() -> None:
+            if any(isinstance(piece, Slot) for piece in run):
+                segments.append(tuple(run))
+            else:
+                segments.extend(self._ids("".join(map(str, run))))
+            run.clear()
+
+        for piece in pieces:
+            if isinstance(piece, Slot):
+                run.append(piece)
+                continue
+            for part in pattern.split(piece):
+                if part in self._special:
+                    end_run()
+                    segments.append(self._special[part])
+                elif part:
+                    run.append(part)
+        end_run()
+        return segments
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _clipped(self, text: str) -> str:
+        """`text`, or if it is far too long for any prompt, a part of it that is too long all the same."""
+        clipped = clip(text, self.max_length)
+        long_enough = len(clipped) < len(text) and len(self._ids(clipped)) >= self.max_length + SPARE
+        return clipped if long_enough else text
+
+    def _parts(self, side: str | Sequence[Part], where: str) -> list[Part]:
+        """A query's or document's parts, checked, texts clipped."""
+        if isinstance(side, str):
+            return [self._clipped(check_text(side, where))]
+        if not isinstance(side, list | tuple):
+            check_text(side, where)  # says what came
+        if self.merge is None and any(isinstance(part, Patches) for part in side):
+            raise RequestError(f"{where} holds an image or video, and this model reads text alone")
+        return [
+            part if isinstance(part, Patches) else self._clipped(check_text(part, f"{where}[{i}]"))
+            for i, part in enumerate(side)
+        ]
+
+    def encode(
+        self,
+        query: str | Sequence[Part],
+        documents: Sequence[str | Sequence[Part]],
+        *,
+        truncate: bool = True,
+        instruct: str | None = None,
+    ) -> list[Encoded]:
+        """One Encoded for each document, in order; texts in the publisher's frame are taken out of it (see unwrap).
+
+        Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
+        32 characters a token of the limit). truncate=False raises TooLongError instead, as do media that do not fit.
+        """
+        if isinstance(query, str) and all(isinstance(document, str) for document in documents):
+            for where, text in [("query", query), *((f"documents[{i}]", text) for i, text in enumerate(documents))]:
+                check_text(text, where)
+            instruct, query, documents = unwrap(Texts(instruct, query, [str(text) for text in documents]))
+        values: dict[Slot, list[Part]] = {Slot.QUERY: self._parts(query, "query")}
+        if instruct is not None:
+            values[Slot.INSTRUCT] = [self._clipped(check_text(instruct, "instruct"))]
+        segments = self._plain if instruct is None else self._instructed
+        prompts, media = [], []
+        for i, document in enumerate(documents):
+            media.append([])
+            filled = {**values, Slot.DOCUMENT: self._parts(document, f"documents[{i}]")}
+            prompts.append(self._chunks(segments, filled, media[-1]))
+        texts = list(dict.fromkeys(str(chunk) for chunks in prompts for chunk in chunks if isinstance(chunk, Text)))
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        table = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        written = [_Prompt(*self._written(chunks, table), tuple(m)) for chunks, m in zip(prompts, media, strict=True)]
+        excesses = [max(len(prompt.ids) - self.max_length, 0) for prompt in written]
+        for i, excess in enumerate(excesses):
+            if excess and not truncate:
+                raise TooLongError(
+                    f"This model's maximum context length is {self.max_length} tokens, but documents[{i}] with its "
+                    f"query has at least {len(written[i].ids)}. Shorten it, or allow truncation"
+                )
+            if excess:
+                written[i] = self._cut(written[i], prompts[i], excess, f"documents[{i}]")
+        return _share(written, excesses, self.merge or 1)
+
+    def _chunks(
+        self, segments: Sequence[int | Segment], values: dict[Slot, list[Part]], media: list[Patches]
+    ) -> list[Chunk]:
+        """The prompt with its gaps filled; its images and videos are added to `media`."""
+        chunks: list[Chunk] = []
+        texts: list[tuple[str, int]] = []
+
+        def end_text() -> None:
+            if texts:
+                chunks.append(Text(*zip(*texts, strict=True)))
+            texts.clear()
+
+        for segment in segments:
+            if isinstance(segment, int):
+                chunks.append(segment)
+                continue
+            gaps = [i for i, piece in enumerate(segment) if isinstance(piece, Slot)]
+            for i, piece in enumerate(segment):
+                if isinstance(piece, str):
+                    texts.append((piece, BODY if gaps[0] < i < gaps[-1] else FRAME))
+                    continue
+                for part in values[piece]:
+                    if isinstance(part, str):
+                        texts.append((part, DOCUMENT if piece is Slot.DOCUMENT else BODY))
+                        continue
+                    for time, ids in self._spans(part):
+                        texts.append((time, FRAME))
+                        end_text()
+                        chunks.append(Span(ids, len(media)))
+                    media.append(part)
+            end_text()
+        return chunks
+
+    def _spans(self, one: Patches) -> list[tuple[str, list[int]]]:
+        """What stands for an image or video: for each step the text before it, and its ids."""
+        start, end = (self._special[f"<|vision_{name}|>"] for name in ("start", "end"))
+        pad = self._special["<|video_pad|>" if one.seconds else "<|image_pad|>"]
+        steps = len(one.seconds) or 1
+        ids = [start, *[pad] * (tokens_of(one.grid, self.merge or 1) // steps), end]
+        return [(f"<{second:.1f} seconds>", ids) for second in one.seconds] or [("", ids)]
+
+    @staticmethod
+    def _written(chunks: Sequence[Chunk], table: dict[str, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """A prompt's ids, and which image or video each of them stands for, -1 for none."""
+        ids: list[int] = []
+        owners: list[tuple[int, int, int]] = []
+        for chunk in chunks:
+            if isinstance(chunk, Span):
+                owners.append((len(ids) + 1, len(ids) + len(chunk.ids) - 1, chunk.media))
+                ids += chunk.ids
+            else:
+                ids += [chunk] if isinstance(chunk, int) else table[str(chunk)]
+        owner = np.full(len(ids), -1, np.int32)
+        for first, last, number in owners:
+            owner[first:last] = number
+        return np.array(ids, np.int32), owner
+
+    def _cut(self, prompt: _Prompt, chunks: Sequence[Chunk], excess: int, where: str) -> _Prompt:
+        """The prompt without `excess` of its tokens: first the last ones of the document, then of what stands between
+        the first gap and the last one."""
+        ranks: list[int] = []
+        for chunk in chunks:
+            if not isinstance(chunk, Text):
+                ranks += [FRAME] * (1 if isinstance(chunk, int) else len(chunk.ids))
+                continue
+            ends = np.cumsum([len(part) for part in chunk.parts]).tolist()
+            places = [
+                (end - len(part), end, rank) for part, end, rank in zip(chunk.parts, ends, chunk.ranks, strict=True)
+            ]
+            for left, right in self.tokenizer.encode(str(chunk), add_special_tokens=False).offsets:
+                ranks.append(max((rank for start, end, rank in places if left < end and right > start), default=FRAME))
+        order = sorted((rank, i) for i, rank in enumerate(ranks) if rank)
+        if excess > len(order):
+            raise TooLongError(
+                f"This model's maximum context length is {self.max_length} tokens, and the images and videos of "
+                f"{where} and its query alone need {len(ranks) - len(order)}, with the prompt's frame. Send fewer or "
+                "smaller ones"
+            )
+        kept = np.ones(len(ranks), bool)
+        kept[[i for _, i in order[len(order) - excess :]]] = False
+        return _Prompt(prompt.ids[kept], prompt.owner[kept], prompt.media)
+
+
+class _Prompt(NamedTuple):
+    """A whole prompt: ids, which of its media each token stands for (-1 for none), and the media."""
+
+    ids: Int32[np.ndarray, " length"]
+    owner: Int32[np.ndarray, " length"]
+    media: tuple[Patches, ...]
+
+    @property
+    def identity(self) -> np.ndarray:
+        """The ids, where tokens that stand for media are the same only if the very same media are: int64 [length]."""
+        if not self.media:
+            return self.ids.astype(np.int64)
+        own = np.array([-1 - id(one) for one in self.media], np.int64)
+        return np.where(self.owner < 0, self.ids, own[self.owner])
+
+    def between(self, first: int, last: int, positions: np.ndarray | None) -> Media | None:
+        """What the tokens from first to last hold of media."""
+        if positions is None:
+            return None
+        owner = self.owner[first:last]
+        at = np.flatnonzero(owner >= 0).astype(np.int32)
+        return Media(tuple(self.media[i] for i in dict.fromkeys(owner[at].tolist())), at, positions[:, first:last])
+
+
+def _share(prompts: Sequence[_Prompt], excesses: Sequence[int], merge: int) -> list[Encoded]:
+    """Pairs of one request, with what all its prompts begin with as their prefix."""
+    identities = [prompt.identity for prompt in prompts]
+    shared = _common_prefix(identities) if len(prompts) > 1 else 0
+    prefix, prefix_media = (prompts[0].ids[:shared] if prompts else NO_PREFIX), None
+    pairs = []
+    for i, (prompt, excess) in enumerate(zip(prompts, excesses, strict=True)):
+        positions = None
+        if prompt.media:
+            positions, _ = mrope_positions(prompt.owner >= 0, [one.grid for one in prompt.media], merge=merge)
+        if i == 0 and (prompt.owner[:shared] >= 0).any():
+            prefix_media = prompt.between(0, shared, positions)
+        own = prompt.between(shared, len(prompt.ids), positions)
+        pairs.append(Encoded(prompt.ids[shared:], len(prompt.ids) - shared - 1, excess, prefix, own, prefix_media))
+    return pairs
+
+
+def _common_prefix(prompts: Sequence[np.ndarray]) -> int:
+    """How many tokens all prompts begin with alike, so that at least one is left of each."""
+    shared = min(map(len, prompts)) - 1
+    for ids in prompts[1:]:
+        different = np.flatnonzero(ids[:shared] != prompts[0][:shared])
+        shared = int(different[0]) if len(different) else shared
+    return shared
