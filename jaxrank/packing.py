@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxrank.kernels import make_layout
-from jaxrank.types import Encoded, Media, MediaTokens, Packed
+from jaxrank.types import Encoded, Media, MediaTokens, Packed, Patches
 
 LADDER = tuple(step * 2**power for power in range(7, 16) for step in (1, 1.5))
 """128, 192, 256, 384, ... tokens: doubling, with a step between that halves the filler of a row's end."""
@@ -22,14 +22,14 @@ LADDER = tuple(step * 2**power for power in range(7, 16) for step in (1, 1.5))
 
 @dataclass(frozen=True)
 class Features:
-    """What the vision tower made of images and videos, by the id() of their Patches: [tokens, U, D], on the host.
+    """What the vision tower made of images and videos: [tokens, U, D] of each, on the host.
 
     shape: (U, D). dtype: of the features.
     """
 
     shape: tuple[int, int]
     dtype: DTypeLike
-    of: Mapping[int, Float[np.ndarray, "tokens U D"]] = field(default_factory=dict)
+    of: Mapping[Patches, Float[np.ndarray, "tokens U D"]] = field(default_factory=dict)
 
     def none(self, tokens: int) -> MediaTokens:
         """Those of a row that has no media yet."""
@@ -143,7 +143,7 @@ def pack(
             if features is None or media is None:
                 raise ValueError("pairs with images or videos need their features")
             media.here[start + mine.at] = True
-            media.features[start + mine.at] = np.concatenate([features.of[id(one)] for one in mine.patches])
+            media.features[start + mine.at] = np.concatenate([features.of[one] for one in mine.patches])
         return start
 
     prefixes = {b"": (0, 0)}

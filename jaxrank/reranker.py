@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,21 @@ from jaxtyping import Float32
 from tqdm import tqdm
 
 from jaxrank import checkpoint, convert
+from jaxrank.contents import Contents
 from jaxrank.errors import CheckpointError, RequestError
+from jaxrank.media import Preprocessing
 from jaxrank.models import settings_of
+from jaxrank.packing import Features
+from jaxrank.patches import read_preprocessing
 from jaxrank.prompt_tokens import PromptTokenizer
 from jaxrank.prompts import load_prompt
-from jaxrank.scoring import Scorer, use_compilation_cache
+from jaxrank.scoring import Scorer, take_tower, use_compilation_cache
 from jaxrank.tokens import PairTokenizer, check_text
+from jaxrank.tower import Tower
 from jaxrank.types import Encoded, Ranked
+
+Content = Any
+"""A query or document: a string, or for models that see, what contents.FORMS says."""
 
 BUILTIN = Path(__file__).parent / "builtin"
 DTYPES = ("bfloat16", "float32")
@@ -42,16 +51,24 @@ class Reranker:
         name: str,
         row_tokens: int | None = None,
         instruct: str | None = None,
+        preprocessing: Preprocessing | None = None,
     ):
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
         self.instruct = instruct
+        self.preprocessing = preprocessing
         self.max_length = tokenizer.max_length
+        vision = take_tower(model)
+        self.tower = self.features = None
+        if vision is not None:
+            self.tower = Tower(vision)
+            self.features = Features((vision.config.features, model.config.width), model.word.dtype)
         self.scorer = Scorer(
             model,
             max_length=self.max_length,
             row_tokens=row_tokens or default_row_tokens(model.config.ffn, model.causal),
+            features=self.features,
         )
 
     @classmethod
@@ -91,17 +108,20 @@ class Reranker:
             if max_length is not None and not 8 <= max_length <= limit:
                 raise RequestError(f"max_length is {max_length}; this model takes 8 to {limit} tokens")
             length = max_length or settings.default_length
-            if family.prompted:
+            if family.prompts is not None:
                 if prompt is not None and chat_template is not None:
                     raise RequestError("prompt and chat_template both say how to write the prompt; give one of them")
-                tokenizer = PromptTokenizer(folder, length, load_prompt(prompt or "official", chat_template))
+                written = load_prompt(prompt or "official", chat_template, family.prompts)
+                merge = settings.vision.merge if hasattr(settings, "vision") else None
+                tokenizer = PromptTokenizer(folder, length, written, merge)
+                preprocessing = None if merge is None else read_preprocessing(folder)
                 if instruct is not None:
                     check_instruct(tokenizer, instruct)
             else:
                 given = {"prompt": prompt, "chat_template": chat_template, "instruct": instruct}
                 if names := [name for name, value in given.items() if value is not None]:
                     raise RequestError(f"{name} reads query and document without a prompt; leave out {names[0]}")
-                tokenizer = PairTokenizer(folder, length)
+                tokenizer, preprocessing = PairTokenizer(folder, length), None
             if (size := tokenizer.tokenizer.get_vocab_size()) > settings.vocab_size:
                 raise CheckpointError(
                     f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {settings.vocab_size}; "
@@ -113,7 +133,7 @@ class Reranker:
                 model = convert.load(folder, dtype=dtype, progress=progress)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from error
-        return cls(model, tokenizer, name=name, row_tokens=row_tokens, instruct=instruct)
+        return cls(model, tokenizer, name=name, row_tokens=row_tokens, instruct=instruct, preprocessing=preprocessing)
 
     @property
     def row_tokens(self) -> int:
@@ -137,15 +157,17 @@ class Reranker:
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile all programs now, one line each to `progress`, instead of at first use."""
+        if self.tower is not None:
+            self.tower.warm_up(progress)
         self.scorer.warm_up(progress)
 
     def encode(
-        self, query: str, documents: Sequence[str], *, truncate: bool = True, instruct: str | None = None
+        self, query: Content, documents: Sequence[Content], *, truncate: bool = True, instruct: str | None = None
     ) -> list[Encoded]:
-        """Tokenised pairs, in the documents' order. RequestError on what is not text, TooLongError as asked.
+        """Tokenised pairs, in the documents' order. RequestError on what the model cannot read, TooLongError as asked.
 
         For models that read a prompt, documents share the tokens that they begin with, and texts that stand in the
-        publisher's frame already are taken out of it.
+        publisher's frame already are taken out of it. Models that see take images and videos, as contents.FORMS says.
         """
         if isinstance(documents, str):
             raise RequestError("documents must be a list of strings, got one string; wrap it in a list")
@@ -158,23 +180,35 @@ class Reranker:
         if instruct is not None:
             check_instruct(self.tokenizer, instruct)
         instruct = self.instruct if instruct is None else instruct
+        if self.preprocessing is not None:
+            contents = Contents(self.preprocessing)
+            query = contents.parts(query, "query")
+            documents = [contents.parts(document, f"documents[{i}]") for i, document in enumerate(documents)]
         return self.tokenizer.encode(query, documents, truncate=truncate, instruct=instruct)
 
     def score_encoded(self, encoded: Sequence[Encoded], *, progress: bool = False) -> Float32[np.ndarray, " n"]:
         """The float32 logits of encoded pairs, in their order. A bar is shown for long jobs if asked for."""
+        features = self._features(encoded)
         if not progress or sum(map(len, encoded)) < 8 * self.row_tokens:
-            return self.scorer(encoded)
+            return self.scorer(encoded, features)
         logits = np.empty(len(encoded), np.float32)
         with tqdm(total=len(encoded), unit="pair", desc="scoring", disable=None) as bar:
-            for indices, values in self.scorer.rows(encoded):
+            for indices, values in self.scorer.rows(encoded, features):
                 logits[indices] = values
                 bar.update(len(indices))
         return logits
 
+    def _features(self, encoded: Sequence[Encoded]) -> Features | None:
+        """What the tower makes of the pairs' images and videos, each looked at once; None for a model of text."""
+        if self.tower is None or self.features is None:
+            return None
+        runs = (run for pair in encoded for run in (pair.prefix_media, pair.media) if run is not None)
+        return replace(self.features, of=self.tower.of(one for run in runs for one in run.patches))
+
     def score(
         self,
-        query: str,
-        documents: Sequence[str],
+        query: Content,
+        documents: Sequence[Content],
         *,
         instruct: str | None = None,
         raw: bool = False,
@@ -189,8 +223,8 @@ class Reranker:
 
     def rank(
         self,
-        query: str,
-        documents: Sequence[str],
+        query: Content,
+        documents: Sequence[Content],
         *,
         instruct: str | None = None,
         top_n: int | None = None,

@@ -22,7 +22,7 @@ from jaxtyping import Float32
 from jaxrank.errors import ModelError, RequestError
 from jaxrank.kernels import is_for_tpu
 from jaxrank.models.layers import stack
-from jaxrank.packing import LADDER, bucket_of, buckets, pack, plan, row_size
+from jaxrank.packing import LADDER, Features, bucket_of, buckets, pack, plan, row_size
 from jaxrank.sharding import over_mesh
 from jaxrank.types import Encoded, Packed
 
@@ -130,8 +130,7 @@ def _jitted(module: Any, mesh: Mesh | None) -> tuple[Any, Any]:
     def run(state: Any, batch: Any) -> jax.Array:
         return nnx.merge(graph, state)(batch)
 
-    width = getattr(module.config, "text", module.config).width  # that of the text model, where there is one in it
-    options = TPU_OPTIONS if is_for_tpu(module.implementation) and width >= WIDE else None
+    options = TPU_OPTIONS if is_for_tpu(module.implementation) and module.config.width >= WIDE else None
     return jax.jit(run if mesh is None else over_mesh(run, state, mesh), compiler_options=options), state
 
 
@@ -180,10 +179,11 @@ class Scorer:
     """Logits of encoded pairs, from packed rows of a few static lengths.
 
     `row_tokens` is the usual row; longer ones exist only for single pairs up to `max_length` tokens. Programs are
-    compiled by `warm_up`, or at first use. `tower` is the model's vision tower, None in models of text alone.
+    compiled by `warm_up`, or at first use. features: the shape of what a vision tower makes of media, for models that
+    see; rows with media have programs of their own, so that rows of text cost what they cost without.
     """
 
-    def __init__(self, model: Any, *, max_length: int, row_tokens: int):
+    def __init__(self, model: Any, *, max_length: int, row_tokens: int, features: Features | None = None):
         if not 1 <= row_tokens <= LADDER[-1]:
             raise RequestError(f"row_tokens is {row_tokens}; a row takes 1 to {LADDER[-1]:.0f} tokens")
         if max_length > LADDER[-1]:
@@ -194,9 +194,9 @@ class Scorer:
         # rows handed to the device before the first result is awaited: one runs, on accelerators another waits ready
         self.in_flight = 1 if self.on_cpu else 2
         self.causal: bool = model.causal
-        self.tower = take_tower(model)
+        self.features = features
         self.compile = compile_in_parts(model) if self.on_cpu else compile_whole(model)
-        self.programs: dict[int, Program] = {}
+        self.programs: dict[tuple[int, bool], Program] = {}
         self._counter = CompilationCounter()
         self._counted_from = 0
 
@@ -211,45 +211,55 @@ class Scorer:
         Then every bucket is run once, so that memory that does not suffice shows now; on CPU, where the largest rows
         take many seconds, the smallest alone.
         """
-        for i, tokens in enumerate(self.buckets):
+        media_or_not = (False,) if self.features is None else (False, True)
+        kinds = [(tokens, media) for media in media_or_not for tokens in self.buckets]
+        for i, (tokens, media) in enumerate(kinds):
             start = time.perf_counter()
-            program = self._program(tokens)
+            program = self._program(tokens, media)
             line = (
-                f"bucket {tokens} tokens ({i + 1}/{len(self.buckets)}): compiled in {time.perf_counter() - start:.2f} s"
+                f"bucket {tokens} tokens{' with media' if media else ''} ({i + 1}/{len(kinds)}): "
+                f"compiled in {time.perf_counter() - start:.2f} s"
             )
             if i == 0 or not self.on_cpu:
                 start = time.perf_counter()
-                program(pack([], tokens)).block_until_ready()
+                program(self._pack([], tokens, self.features if media else None)).block_until_ready()
                 line += f", a row takes {(time.perf_counter() - start) * 1e3:.0f} ms at first"
             _return_freed_memory()
             if progress:
                 progress(line)
         self._counted_from = self._counter.count
 
-    def _program(self, tokens: int) -> Program:
-        if tokens not in self.programs:
-            self.programs[tokens] = self.compile(pack([], tokens))
-        return self.programs[tokens]
+    def _pack(self, pairs: Sequence[Encoded], tokens: int, features: Features | None) -> Packed:
+        return pack(pairs, tokens, causal=self.causal, features=features)
 
-    def rows(self, pairs: Sequence[Encoded]) -> Iterator[tuple[list[int], Float32[np.ndarray, " n"]]]:
-        """(indices into `pairs`, their logits) row by row, in the order in which rows are computed."""
+    def _program(self, tokens: int, media: bool) -> Program:
+        if (tokens, media) not in self.programs:
+            self.programs[tokens, media] = self.compile(self._pack([], tokens, self.features if media else None))
+        return self.programs[tokens, media]
+
+    def rows(
+        self, pairs: Sequence[Encoded], features: Features | None = None
+    ) -> Iterator[tuple[list[int], Float32[np.ndarray, " n"]]]:
+        """(indices into `pairs`, their logits) row by row, in the order in which rows are computed. features: of the
+        pairs' images and videos, if there are any."""
         waiting: list[tuple[list[int], jax.Array]] = []
         for first in range(0, len(pairs), WINDOW):
             window = pairs[first : first + WINDOW]
             for row in plan(window, self.row_tokens):
                 chosen = [window[i] for i in row]
                 tokens = bucket_of(row_size(chosen), len(chosen), self.buckets)
-                batch = pack(chosen, tokens, causal=self.causal)
+                media = any(pair.media is not None for pair in chosen)
+                batch = self._pack(chosen, tokens, features if media else None)
                 if len(waiting) == self.in_flight:
                     yield _fetch(*waiting.pop(0))
-                waiting.append(([first + i for i in row], self._program(tokens)(batch)))
+                waiting.append(([first + i for i in row], self._program(tokens, media)(batch)))
         for item in waiting:
             yield _fetch(*item)
 
-    def __call__(self, pairs: Sequence[Encoded]) -> Float32[np.ndarray, " n"]:
-        """float32 logits of all pairs, in their order."""
+    def __call__(self, pairs: Sequence[Encoded], features: Features | None = None) -> Float32[np.ndarray, " n"]:
+        """float32 logits of all pairs, in their order; features as in `rows`."""
         logits = np.empty(len(pairs), np.float32)
-        for indices, values in self.rows(pairs):
+        for indices, values in self.rows(pairs, features):
             logits[indices] = values
         return logits
 

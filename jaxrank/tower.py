@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,6 +88,8 @@ class Tower:
         self.ladder, self.row_patches = ladder, row_patches
         self.compile = compile_in_parts(vision) if jax.default_backend() == "cpu" else compile_whole(vision)
         self.programs: dict[int, Program] = {}
+        self.encoded = 0
+        self._made: weakref.WeakKeyDictionary[Patches, Any] = weakref.WeakKeyDictionary()
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile every size, or load it from the cache. One line a size goes to `progress`."""
@@ -104,6 +107,15 @@ class Tower:
         if patches not in self.programs:
             self.programs[patches] = self.compile(self._row([], patches))
         return self.programs[patches]
+
+    def of(self, media: Iterable[Patches]) -> dict[Patches, Float[np.ndarray, "tokens U D"]]:
+        """The features of each of `media`, made once for as long as somebody holds the patches: the parts of a large
+        request are scored in several turns. `encoded` counts those that were made."""
+        wanted = dict.fromkeys(media)
+        new = [one for one in wanted if one not in self._made]
+        self._made.update(zip(new, self(new), strict=True))
+        self.encoded += len(new)
+        return {one: self._made[one] for one in wanted}
 
     def __call__(self, media: Sequence[Patches]) -> list[Float[np.ndarray, "tokens U D"]]:
         """The features of each of `media`, in their order and in the dtype of the matrices. Raises ValueError for media

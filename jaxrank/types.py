@@ -25,9 +25,9 @@ ArrayLike = jax.Array | np.ndarray
 NO_PREFIX = np.zeros(0, np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patches:
-    """One image, or the sampled frames of one video, cut into patches for the vision tower.
+    """One image, or the sampled frames of one video, cut into patches for the vision tower. Equal only to itself.
 
     pixels: float32 [P, E], normalised, in the order of transformers' image processor: blocks of merge x merge patches
     that become one token stand together. grid: patches in time, height and width. seconds: for a video the time of
@@ -82,11 +82,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One line of a ranking: the document's place in the input, its score, and the document."""
+    """One line of a ranking: the document's place in the input, its score, and the document as it was given."""
 
     index: int
     score: float
-    document: str
+    document: Any
 
 
 @jax.tree_util.register_dataclass

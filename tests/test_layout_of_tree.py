@@ -15,7 +15,7 @@ LAYERS = [
     ["models", "tokens", "video"],
     ["packing", "patches", "patch_rows", "decoding_child"],
     ["scoring", "checkpoint", "decoding", "prompt_tokens"],
-    ["convert", "tower"],
+    ["convert", "tower", "contents"],
     ["reranker"],
     ["server"],
     ["cli"],

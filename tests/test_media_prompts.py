@@ -156,11 +156,11 @@ class TestSharing:
         query, document = image(4, 4), video(2, 2, 4)
         pairs = [*ours.encode([query], [["x", document], "y"]), *ours.encode("text", ["alone"])]
         rng = np.random.default_rng(0)
-        of = {id(one): rng.normal(size=(len(one.pixels) // 4, 3, 8)).astype(np.float32) for one in (query, document)}
+        of = {one: rng.normal(size=(len(one.pixels) // 4, 3, 8)).astype(np.float32) for one in (query, document)}
         row = pack(pairs, 512, causal=True, features=Features((3, 8), np.float32, of))
         assert row.media is not None
         here, features = np.asarray(row.media.here), np.asarray(row.media.features)
-        np.testing.assert_array_equal(features[here], np.concatenate([of[id(query)], of[id(document)]]))
+        np.testing.assert_array_equal(features[here], np.concatenate([of[query], of[document]]))
         assert not features[~here].any()
         assert np.asarray(row.positions).shape == (3, 512)
         first = np.flatnonzero(here)[0]

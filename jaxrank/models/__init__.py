@@ -14,20 +14,20 @@ from jaxrank.types import Config
 
 
 class Family(NamedTuple):
-    """What makes a model family: its module, how its config.json is read, and whether it reads pairs in a prompt.
+    """What makes a model family: its module, how its config.json is read, and the family of its prompts.
 
-    Models that read a prompt answer yes or no, and their score is the probability of yes; the others read query and
-    document side by side.
+    Models that read a prompt answer yes or no, and their score is the probability of yes; the others (None) read query
+    and document side by side.
     """
 
     module: type[Any]
     config: type[XLMRobertaConfig] | type[Qwen3Config] | type[Qwen3VLConfig]
-    prompted: bool
+    prompts: str | None
 
 
-XLM_ROBERTA = Family(XLMRoberta, XLMRobertaConfig, prompted=False)
-QWEN3 = Family(Qwen3, Qwen3Config, prompted=True)
-QWEN3_VL = Family(Qwen3VL, Qwen3VLConfig, prompted=True)
+XLM_ROBERTA = Family(XLMRoberta, XLMRobertaConfig, None)
+QWEN3 = Family(Qwen3, Qwen3Config, "qwen3")
+QWEN3_VL = Family(Qwen3VL, Qwen3VLConfig, "qwen3_vl")
 
 FAMILIES = {
     "XLMRobertaForSequenceClassification": XLM_ROBERTA,

@@ -38,6 +38,14 @@ class Qwen3VLConfig:
     sections: tuple[int, ...]
 
     @property
+    def width(self) -> int:
+        return self.text.width
+
+    @property
+    def ffn(self) -> int:
+        return self.text.ffn
+
+    @property
     def vocab_size(self) -> int:
         return self.text.vocab_size
 
