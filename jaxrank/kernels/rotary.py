@@ -81,7 +81,7 @@ def turn(x: Float32[Array, "R N H"], by: Rotary) -> Float32[Array, "R N H"]:
 def xla(
     x: Float32[Array, "R N H"], scale: Float32[Array, " H"], by: Rotary, *, eps: float, dtype: DTypeLike
 ) -> Float[Array, "R N H"]:
-    """As two steps."""
+    """The norm, then the turn, which XLA makes one."""
     return turn(x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale, by).astype(dtype)
 
 
