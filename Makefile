@@ -18,6 +18,7 @@ check: .venv/check
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+	.venv/bin/pyright jaxrank/convert/*.py jaxrank/server/*.py  # it does not follow links to folders by itself
 	.venv/bin/python tests/check_wheel.py
 
 .venv/bin/python:
