@@ -80,14 +80,58 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
                          help="require `Authorization: Bearer KEY`; may be given several times")  # fmt: skip
     command.add_argument("--served-model-name", metavar="NAME", help="name that /v1/models answers")
     command.add_argument("--max-documents", type=int, default=1000, metavar="N", help="documents in one request")
-    command.add_argument("--max-body-bytes", type=int, default=8_000_000, metavar="N", help="size of one request")
+    command.add_argument("--max-body-bytes", type=int, metavar="N",
+                         help="size of one request; default: 8 MB, or 40 MB for models that see images")  # fmt: skip
     _model_arguments(command)
+    _media_arguments(command.add_argument_group("images and videos, for models that see"))
     ignored = command.add_argument_group("accepted from SGLang's launch lines, without meaning here")
     for flag, values in IGNORED_FLAGS.items():
         if values:
             ignored.add_argument(flag, metavar="X")
         else:
             ignored.add_argument(flag, action="store_true")
+
+
+def _media_arguments(group: Any) -> None:
+    group.add_argument("--no-remote-media", action="store_true", help="fetch nothing from the web")
+    group.add_argument("--allowed-media-domains", metavar="A,B", help="fetch from these hosts alone, exactly")
+    group.add_argument("--allow-private-media", action="store_true",
+                       help="fetch also from addresses that are not on the public internet")  # fmt: skip
+    group.add_argument("--allowed-media-path", metavar="DIR", help="let requests name files in this folder")
+    group.add_argument("--max-media", type=int, default=256, metavar="N", help="images and videos in one request")
+    group.add_argument("--max-media-bytes", type=int, default=20_000_000, metavar="N", help="size of one of them")
+    group.add_argument("--media-timeout", type=float, default=20.0, metavar="SECONDS", help="to fetch one of them")
+    group.add_argument("--max-image-pixels", type=int, default=40_000_000, metavar="N", help="before it is shrunk")
+    group.add_argument("--max-video-seconds", type=float, default=600.0, metavar="SECONDS", help="length of a video")
+    group.add_argument("--media-decode-seconds", type=float, default=20.0, metavar="SECONDS", help="to decode one")
+
+
+def media_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where media may come from and what of them is refused, as create_app takes it."""
+    from jaxrank.errors import RequestError
+    from jaxrank.media import Limits
+    from jaxrank.server.fetch import MediaAccess
+
+    folder = arguments.allowed_media_path
+    if folder is not None and not Path(folder).is_dir():
+        raise RequestError(f"--allowed-media-path {folder} is no folder; name one, or leave the flag out")
+    domains = tuple(name.strip().lower() for name in (arguments.allowed_media_domains or "").split(",") if name.strip())
+    access = MediaAccess(
+        remote=not arguments.no_remote_media,
+        domains=domains,
+        private=arguments.allow_private_media,
+        folder=None if folder is None else Path(folder),
+        max_items=arguments.max_media,
+        max_bytes=arguments.max_media_bytes,
+        total_s=arguments.media_timeout,
+    )
+    limits = Limits(
+        max_bytes=arguments.max_media_bytes,
+        max_pixels=arguments.max_image_pixels,
+        max_seconds=arguments.max_video_seconds,
+        seconds=arguments.media_decode_seconds,
+    )
+    return {"media": access, "limits": limits}
 
 
 def _convert_arguments(command: argparse.ArgumentParser) -> None:
@@ -133,7 +177,7 @@ def load(arguments: argparse.Namespace, model: str | None) -> Any:
     )
 
 
-PUBLISHED_TEMPLATES = ("qwen3_reranker.jinja",)
+PUBLISHED_TEMPLATES = ("qwen3_reranker.jinja", "qwen3_vl_reranker.jinja")
 """Files of SGLang's examples whose prompt is built in."""
 
 
@@ -159,6 +203,7 @@ def serve(arguments: argparse.Namespace) -> int:
         raise RequestError("--api-key is empty; give a key of at least one character, or leave the flag out")
     from jaxrank import server
 
+    media = media_settings(arguments)
     reranker = load(arguments, models[0] if models else None)
     if arguments.is_embedding and reranker.takes_instruct:
         raise RequestError(
@@ -176,6 +221,7 @@ def serve(arguments: argparse.Namespace) -> int:
         api_keys=arguments.api_key,
         max_documents=arguments.max_documents,
         max_body_bytes=arguments.max_body_bytes,
+        **media,
     )
 
 

@@ -19,20 +19,28 @@ from fastapi.middleware import Middleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 
-from jaxrank.errors import RequestError, TooLongError
+from jaxrank.decoding import Decoder
+from jaxrank.errors import MediaError, RequestError, TooLongError
+from jaxrank.media import Limits, Preprocessing
 from jaxrank.server import docs, schema
 from jaxrank.server.errors import (
     BadRequest,
     NotReady,
     Refusal,
+    TooLarge,
     Unauthorized,
     error_body,
     internal_error,
     json_response,
 )
+from jaxrank.server.fetch import Fetcher, MediaAccess
+from jaxrank.server.media import MediaLoader
 from jaxrank.server.scheduler import Scheduler
 from jaxrank.server.transport import Envelope, read_body, while_connected
-from jaxrank.types import Encoded
+from jaxrank.types import Encoded, Patches
+
+TOO_LARGE = {"too_many_bytes", "too_many_items", "too_many_request_bytes", "too_many_patch_bytes"}
+"""Reasons to refuse media with 413."""
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +59,12 @@ class Scorer(Protocol):
     @property
     def takes_instruct(self) -> bool: ...
     @property
+    def preprocessing(self) -> Preprocessing | None: ...
+    @property
     def compilations(self) -> int: ...
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None: ...
     def encode(
-        self, query: str, documents: Sequence[str], *, truncate: bool = True, instruct: str | None = None
+        self, query: Any, documents: Sequence[Any], *, truncate: bool = True, instruct: str | None = None
     ) -> list[Encoded]: ...
     def score_encoded(self, encoded: Sequence[Encoded]) -> np.ndarray: ...
 
@@ -72,6 +82,8 @@ class Settings:
     body_timeout_s: float
     inline_bytes: int
     encode_threads: int
+    media: MediaAccess
+    limits: Limits
     on_failure: Callable[[BaseException], None]
 
 
@@ -81,20 +93,24 @@ def create_app(
     served_model_name: str | None = None,
     api_keys: Sequence[str] = (),
     max_documents: int = 1000,
-    max_body_bytes: int = 8_000_000,
+    max_body_bytes: int | None = None,
     max_queue_tokens: int = 2**20,
     max_queue_requests: int = 512,
     batch_rows: int = 2,
     body_timeout_s: float = 60.0,
     inline_bytes: int = 1024,
     encode_threads: int = 2,
+    media: MediaAccess | None = None,
+    limits: Limits | None = None,
     access_log: bool = True,
     on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
     """The application that serves `reranker`. Raises ValueError for an empty API key.
 
     served_model_name: what the routes call the model, by default its own name. api_keys: with any, every route but
-    /health and /ready wants one of them. max_queue_tokens, max_queue_requests: with that much waiting, requests are
+    /health and /ready wants one of them. max_body_bytes: by default 8 MB, or 40 MB for a model that sees, since images
+    may lie in the request. media, limits: where such a model's images and videos may come from, and what of them is
+    refused. max_queue_tokens, max_queue_requests: with that much waiting, requests are
     answered 503. batch_rows: usual rows in one call of the device: more overlap the host's work with the device's and
     pack tighter, fewer let a newcomer wait less. body_timeout_s: most seconds for a body to arrive. inline_bytes:
     bodies up to this size are tokenised on the event loop, where a trip to a thread would cost more.
@@ -106,13 +122,15 @@ def create_app(
     settings = Settings(
         model=served_model_name or reranker.name,
         max_documents=max_documents,
-        max_body_bytes=max_body_bytes,
+        max_body_bytes=max_body_bytes or (8_000_000 if reranker.preprocessing is None else 40_000_000),
         max_queue_tokens=max_queue_tokens,
         max_queue_requests=max_queue_requests,
         batch_rows=batch_rows,
         body_timeout_s=body_timeout_s,
         inline_bytes=inline_bytes,
         encode_threads=encode_threads,
+        media=media or MediaAccess(),
+        limits=limits or Limits(),
         on_failure=on_failure,
     )
     service = Service(reranker, settings)
@@ -158,10 +176,25 @@ class Service:
         )
         self.scheduler.start()
         try:
-            yield
+            async with self._media_loader() as self.loader:
+                yield
         finally:
             await self.scheduler.close()
             self.threads.shutdown()
+
+    @contextlib.asynccontextmanager
+    async def _media_loader(self) -> AsyncIterator[MediaLoader | None]:
+        """What fetches and decodes images and videos; None for a model of text."""
+        if self.reranker.preprocessing is None:
+            yield None
+            return
+        with Decoder(self.reranker.preprocessing, self.settings.limits) as decoder:
+            async with Fetcher(self.settings.media) as fetcher:
+                loader = MediaLoader(fetcher, decoder)
+                try:
+                    yield loader
+                finally:
+                    loader.close()
 
     def _warm_up(self) -> None:
         started = time.perf_counter()
@@ -188,22 +221,39 @@ class Service:
             raise NotReady
         with scheduler.admit():
             async with while_connected(request):
+                loop = asyncio.get_running_loop()
                 if len(body) <= settings.inline_bytes:
-                    parsed, encoded = self._encode(body)
+                    parsed, encoded = self._read(body)
                 else:
-                    loop = asyncio.get_running_loop()
-                    parsed, encoded = await loop.run_in_executor(self.threads, self._encode, body)
+                    parsed, encoded = await loop.run_in_executor(self.threads, self._read, body)
+                if encoded is None:
+                    seen = await self._load(parsed)
+                    encoded = await loop.run_in_executor(self.threads, self._encode, parsed, seen)
                 logits = await scheduler.submit(encoded)
         content = schema.answer(parsed, encoded, logits, self.reranker.scores_are_logits)
         return Response(content, media_type="application/json")
 
-    def _encode(self, body: bytes) -> tuple[schema.Rerank, list[Encoded]]:
-        """Parse and tokenise. Thread-safe. Raises BadRequest or TooLarge."""
-        parsed = schema.parse(body, self.settings.max_documents)
-        instruct = parsed.instruct if self.reranker.takes_instruct else None
+    def _read(self, body: bytes) -> tuple[schema.Rerank, list[Encoded] | None]:
+        """Parse, and tokenise what has no media. Thread-safe. Raises BadRequest or TooLarge."""
+        parsed = schema.parse(body, self.settings.max_documents, self.reranker.preprocessing is not None)
+        return parsed, None if parsed.media() else self._encode(parsed, [])
+
+    async def _load(self, parsed: schema.Rerank) -> list[Patches]:
+        """The request's images and videos, in their order. Raises BadRequest or TooLarge, with their place."""
+        assert self.loader is not None, "media are refused before, where the model does not see"
+        named = parsed.media()
         try:
-            encoded = self.reranker.encode(parsed.query, parsed.documents, truncate=parsed.truncate, instruct=instruct)
-            return parsed, encoded
+            return await self.loader.load([part for _, part in named])
+        except MediaError as error:
+            refusal = TooLarge if error.code in TOO_LARGE else BadRequest
+            raise refusal(f"{named[error.index or 0][0]} is {error}.") from None
+
+    def _encode(self, parsed: schema.Rerank, seen: Sequence[Patches]) -> list[Encoded]:
+        """Tokenise. Thread-safe. Raises BadRequest."""
+        instruct = parsed.instruct if self.reranker.takes_instruct else None
+        query, documents = parsed.with_media(seen)
+        try:
+            return self.reranker.encode(query, documents, truncate=parsed.truncate, instruct=instruct)
         except TooLongError as error:
             # Clients look for this phrase, whatever the model says besides.
             phrase, message = f"This model's maximum context length is {self.reranker.max_length} tokens.", str(error)

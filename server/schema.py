@@ -15,20 +15,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import to_json
 
+from jaxrank.server.content import Content, Side, allowed, media_of, read, without_payloads
 from jaxrank.server.errors import BadRequest, Malformed, TooLarge
-from jaxrank.types import Encoded
-
-
-class Part(BaseModel):
-    """A piece of a query or document. A text-only model takes {"type": "text", "text": "..."} or {"text": "..."}."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str | None = Field(None, description='"text", the default.')
-    text: str | None = Field(None, description="The text. Texts of several parts are joined as they stand.")
-
-
-Content = str | Part | list[Part]
+from jaxrank.server.media import MediaPart
+from jaxrank.types import Encoded, Patches
 
 _EXAMPLE: dict[str, JsonValue] = {
     "query": "what is panda?",
@@ -68,25 +58,48 @@ class RerankResult(BaseModel):
     """One document's place in the ranking."""
 
     score: float = Field(description="Higher is more relevant. A raw logit for cross-encoders, else in [0, 1].")
-    document: str | None = Field(None, description="The document's text; no such key with return_documents = false.")
+    document: Any = Field(
+        None,
+        description="The document's text, or its parts as they were sent, without the contents of data: URLs; no such "
+        "key with return_documents = false.",
+    )
     index: int = Field(description="The document's place in the request, from 0.")
     meta_info: MetaInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Rerank:
-    """A request that is in order. top_n: None for all. instruct: None for the server's default."""
+    """A request that is in order. top_n: None for all. instruct: None for the server's default. shown: the documents as
+    the answer repeats them."""
 
-    query: str
-    documents: list[str]
+    query: Side
+    documents: list[Side]
+    shown: list[Any]
     top_n: int | None
     return_documents: bool
     truncate: bool
     instruct: str | None
 
+    def media(self) -> list[tuple[str, MediaPart]]:
+        """The images and videos of query and documents, each with its place, in their order."""
+        sides = [("query", self.query), *((f"documents[{i}]", side) for i, side in enumerate(self.documents))]
+        return [named for place, side in sides for named in media_of(side, place)]
 
-def parse(body: bytes, max_documents: int) -> Rerank:
-    """The request in a body of JSON. Raises BadRequest or TooLarge, with the texts that SGLang has for it."""
+    def with_media(self, seen: Sequence[Patches]) -> tuple[Any, list[Any]]:
+        """Query and documents with these patches in the places of `media()`."""
+        left = iter(seen)
+
+        def fill(side: Side) -> Any:
+            return side if isinstance(side, str) else [p if isinstance(p, str) else next(left) for p in side]
+
+        return fill(self.query), [fill(side) for side in self.documents]
+
+
+def parse(body: bytes, max_documents: int, sees: bool = False) -> Rerank:
+    """The request in a body of JSON. Raises BadRequest or TooLarge, with the texts that SGLang has for it.
+
+    sees: whether the model takes images and videos.
+    """
     raw = _object(body)
     documents = raw.get("documents")
     if isinstance(documents, list) and len(documents) > max_documents:
@@ -98,22 +111,26 @@ def parse(body: bytes, max_documents: int) -> Rerank:
         request = RerankRequest.model_validate(raw)
     except ValidationError as error:
         # Validation errors quote the input: nothing of them but the place is passed on.
-        raise Malformed(_complaint(error.errors(include_url=False)[0]["loc"], raw)) from None
-    query = _text(request.query, "query")
+        raise Malformed(_complaint(error.errors(include_url=False)[0]["loc"], raw, sees)) from None
+    query = read(request.query, "query", sees)
     if not query:
         raise BadRequest("Query cannot be empty")
-    if query.isspace():
+    if isinstance(query, str) and query.isspace():
         raise BadRequest("Query cannot be empty or whitespace only")
     if not request.documents:
         raise BadRequest("Documents cannot be empty")
-    texts = [_text(document, "documents", index) for index, document in enumerate(request.documents)]
-    if "" in texts:
+    sides = [read(document, f"documents[{index}]", sees) for index, document in enumerate(request.documents)]
+    if "" in sides:
         raise BadRequest("Each document must be a non-empty string")
-    if any(map(str.isspace, texts)):
+    if any(isinstance(side, str) and side.isspace() for side in sides):
         raise BadRequest("Each document cannot be empty or whitespace only")
     return Rerank(
         query=query,
-        documents=texts,
+        documents=sides,
+        shown=[
+            side if isinstance(side, str) else without_payloads(sent)
+            for side, sent in zip(sides, raw["documents"], strict=True)
+        ],
         top_n=request.top_n,
         return_documents=request.return_documents is not False,
         truncate=request.truncate is not False and request.truncation is not False,
@@ -134,7 +151,7 @@ def answer(request: Rerank, encoded: Sequence[Encoded], logits: np.ndarray, as_l
         pair = encoded[index]
         result: dict[str, Any] = {"score": scores[index]}
         if request.return_documents:
-            result["document"] = request.documents[index]
+            result["document"] = request.shown[index]
         result["index"] = index
         result["meta_info"] = {"prompt_tokens": len(pair), "truncated_tokens": pair.dropped}
         results.append(result)
@@ -158,10 +175,7 @@ def _object(body: bytes) -> dict[str, Any]:
     return cast(dict[str, Any], raw)
 
 
-_CONTENT = 'a string, an object {"text": "..."} or an array of {"type": "text", "text": "..."} parts'
 _ALLOWED = {
-    "query": _CONTENT,
-    "documents": f"an array of documents, each {_CONTENT}",
     "top_n": "a whole number of at least 1, or null for all",
     "return_documents": "true, false or null",
     "truncate": "true, false or null",
@@ -171,15 +185,17 @@ _ALLOWED = {
 }
 
 
-def _complaint(place: tuple[int | str, ...], raw: dict[str, Any]) -> str:
+def _complaint(place: tuple[int | str, ...], raw: dict[str, Any], sees: bool) -> str:
     """What is wrong at the place that a validation error names, in terms of the request's own fields."""
+    content = allowed(sees)
+    may = {**_ALLOWED, "query": content, "documents": f"an array of documents, each {content}"}
     field = str(place[0]) if place else ""
     if field not in raw:
-        return f"The field {field} is missing: it must be {_ALLOWED[field]}."
+        return f"The field {field} is missing: it must be {may[field]}."
     if field == "documents" and len(place) > 1:
         index = cast(int, place[1])
-        return f"documents[{index}] must be {_CONTENT}; got {_kind(raw[field][index])}."
-    return f"{field} must be {_ALLOWED[field]}; got {_kind(raw[field])}."
+        return f"documents[{index}] must be {content}; got {_kind(raw[field][index])}."
+    return f"{field} must be {may[field]}; got {_kind(raw[field])}."
 
 
 def _kind(value: Any) -> str:
@@ -197,38 +213,3 @@ def _kind(value: Any) -> str:
             return "an array" if value else "an empty array"
         case _:
             return "an object"
-
-
-def _text(content: Content, field: str, index: int | None = None) -> str:
-    """The text of a query or document, parts joined. Raises BadRequest for media, and for text that is not Unicode."""
-    if isinstance(content, str):
-        text = content
-    else:
-        parts = content if isinstance(content, list) else [content]
-        text = "".join([_part_text(part, field, index) for part in parts])
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadRequest(
-                f"{_place(field, index)} contains a lone surrogate (invalid Unicode). "
-                "Escapes from \\ud800 to \\udfff must come in pairs."
-            ) from None
-    return text
-
-
-_MEDIA = {"image", "image_url", "image_embeds", "video", "video_url", "audio", "audio_url", "input_audio"}
-
-
-def _part_text(part: Part, field: str, index: int | None) -> str:
-    """The text of one part. Media are refused rather than left out: the score would be of something else."""
-    extra = part.model_extra or {}
-    if part.type in _MEDIA or not _MEDIA.isdisjoint(extra):
-        raise BadRequest(f"{_place(field, index)} holds an image, video or sound, and this model takes text only.")
-    if part.text is None or part.type not in (None, "text"):
-        raise Malformed(f"{_place(field, index)} must be {_CONTENT}; got a part without text or of another type.")
-    return part.text
-
-
-def _place(field: str, index: int | None) -> str:
-    return field if index is None else f"{field}[{index}]"

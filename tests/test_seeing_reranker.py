@@ -8,22 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks.publisher_vl import Prompt, PublishedVL
 from jaxrank import Reranker
 from jaxrank.errors import MediaError, RequestError
 from jaxrank.types import Encoded
 from tests.checkpoints import make_qwen3_vl
-
-
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth colours with noise on them."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((width, height))
-    return Image.fromarray(
-        np.clip(np.asarray(coarse, int) + rng.integers(-30, 31, (height, width, 3)), 0, 255).astype(np.uint8)
-    )
+from tests.media import photo
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +40,17 @@ def published(folder: Path, pairs: list[Encoded]) -> np.ndarray:
 
 DOCUMENTS: list[Any] = [
     "The giant panda is a bear.",
-    picture(1, 90, 64),
-    {"image": picture(2, 200, 40)},
-    [{"type": "text", "text": "before "}, {"type": "image", "image": picture(3, 64, 130)}, " after"],
-    {"content": [picture(4, 33, 65), {"text": "Where do pandas live?"}, picture(5, 100, 100)]},
-    {"video": [picture(seed, 96, 64) for seed in range(6, 9)]},
+    photo(90, 64, 1),
+    {"image": photo(200, 40, 2)},
+    [{"type": "text", "text": "before "}, {"type": "image", "image": photo(64, 130, 3)}, " after"],
+    {"content": [photo(33, 65, 4), {"text": "Where do pandas live?"}, photo(100, 100, 5)]},
+    {"video": [photo(96, 64, seed) for seed in range(6, 9)]},
 ]
 
 
 class TestScores:
     @pytest.mark.parametrize(
-        "query", ["Where do pandas live?", ["like this: ", picture(0, 128, 96)]], ids=["text", "image"]
+        "query", ["Where do pandas live?", ["like this: ", photo(128, 96, 0)]], ids=["text", "image"]
     )
     def test_equal_transformers(self, folder: Path, reranker: Reranker, query: Any) -> None:
         pairs = reranker.encode(query, DOCUMENTS)
@@ -73,7 +64,7 @@ class TestScores:
     def test_a_querys_image_is_looked_at_once(self, reranker: Reranker) -> None:
         """Eight documents, more than one row of them."""
         assert reranker.tower is not None
-        query, documents = picture(20, 160, 160), [picture(30 + i, 160, 128) for i in range(8)]
+        query, documents = photo(160, 160, 20), [photo(160, 128, 30 + i) for i in range(8)]
         pairs = reranker.encode(query, documents)
         assert sum(len(pair.tokens) for pair in pairs) + len(pairs[0].prefix) > 0
         before = reranker.tower.encoded
@@ -96,7 +87,7 @@ class TestScores:
 
 class TestFiles:
     def test_paths_and_bytes(self, reranker: Reranker, tmp_path: Path) -> None:
-        image = picture(40, 120, 60)
+        image = photo(120, 60, 40)
         image.save(tmp_path / "photo.png")
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
@@ -114,7 +105,7 @@ class TestFiles:
             ({"image": 7}, r"documents\[0\] holds int as its image; it must be a string, a Pillow image"),
             (["text", 7], r"documents\[0\]\[1\] is int; it must be a string, a Pillow image"),
             ({"sound": "x"}, r"documents\[0\] is dict; it must be"),
-            (picture(0, 1000, 2), r"documents\[0\] is more than 200 times as long as it is wide"),
+            (photo(1000, 2, 0), r"documents\[0\] is more than 200 times as long as it is wide"),
         ]:
             with pytest.raises(RequestError, match=message):
                 reranker.encode("q", [content])
@@ -124,4 +115,4 @@ class TestFiles:
 
 def test_a_model_of_text_takes_no_images() -> None:
     with pytest.raises(RequestError, match=r"documents\[0\] must be a string, got Image"):
-        Reranker.from_pretrained(compile_cache=None).encode("q", [picture(0, 64, 64)])
+        Reranker.from_pretrained(compile_cache=None).encode("q", [photo(64, 64, 0)])

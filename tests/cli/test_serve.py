@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jaxrank import cli
+from jaxrank.media import Limits
 from jaxrank.reranker import DEFAULT_CACHE
+from jaxrank.server.fetch import MediaAccess
 from tests.cli.commands import NO_CACHE, Run, complaint
 
 LAUNCH = r"""
@@ -27,7 +30,9 @@ python3 -m sglang.launch_server \
 
 ALL_FLAGS = """some/model --host ::1 --port 8001 --api-key one --api-key two --served-model-name bge --dtype float32
     --max-documents 7 --max-body-bytes 1000 --max-model-len 300 --row-tokens 512 --revision v2 --compile-cache x
-    --prompt vllm --chat-template x.jinja --instruct judge"""
+    --prompt vllm --chat-template x.jinja --instruct judge --no-remote-media --allowed-media-domains A.example,b.example
+    --allow-private-media --allowed-media-path / --max-media 3 --max-media-bytes 1000 --media-timeout 2.5
+    --max-image-pixels 5000 --max-video-seconds 60 --media-decode-seconds 4"""
 
 
 class Loaded(dict[str, Any]):
@@ -69,13 +74,16 @@ class TestServe:
             dict(model=None, dtype="bfloat16", max_length=None, row_tokens=None, prompt=None, chat_template=None,
                  instruct=None, revision=None, compile_cache=DEFAULT_CACHE),
             dict(host="127.0.0.1", port=30000, served_model_name=None, api_keys=[], max_documents=1000,
-                 max_body_bytes=8_000_000),
+                 max_body_bytes=None, media=MediaAccess(), limits=Limits()),
         )  # fmt: skip
         assert served[1] == (
             dict(model="some/model", dtype="float32", max_length=300, row_tokens=512, prompt="vllm",
                  chat_template="x.jinja", instruct="judge", revision="v2", compile_cache="x"),
             dict(host="::1", port=8001, served_model_name="bge", api_keys=["one", "two"], max_documents=7,
-                 max_body_bytes=1000),
+                 max_body_bytes=1000,
+                 media=MediaAccess(remote=False, domains=("a.example", "b.example"), private=True, folder=Path("/"),
+                                   max_items=3, max_bytes=1000, total_s=2.5),
+                 limits=Limits(max_bytes=1000, max_pixels=5000, max_seconds=60.0, seconds=4.0)),
         )  # fmt: skip
         run("serve", *NO_CACHE)
         assert served[2][0]["compile_cache"] is None
@@ -91,6 +99,7 @@ class TestServe:
             ("a --model-path b", "2 models named, a and b; name one"),
             ("--model a --model-id b", "2 models named, a and b; name one"),
             ("--api-key=", "--api-key is empty; give a key"),
+            ("--allowed-media-path nowhere", "--allowed-media-path nowhere is no folder; name one"),
         ],
     )
     def test_contradictions(self, run: Run, served: list[Any], line: str, message: str) -> None:
@@ -107,8 +116,11 @@ class TestServe:
         assert "Qwen/Qwen3-Reranker-0.6B answers yes or no to a prompt. Launch it without --is-embedding" in line
         assert served == []
 
-    def test_a_missing_template_is_an_error_unless_its_prompt_is_built_in(self, run: Run, served: list[Any]) -> None:
-        file = "examples/chat_template/qwen3_reranker.jinja"
+    @pytest.mark.parametrize("name", ["qwen3_reranker.jinja", "qwen3_vl_reranker.jinja"])
+    def test_a_missing_template_is_an_error_unless_its_prompt_is_built_in(
+        self, run: Run, served: list[Any], name: str
+    ) -> None:
+        file = f"examples/chat_template/{name}"
         status, out, err = run("serve", "m", "--chat-template", file)
         assert (status, out) == (0, "")
         assert err == (

@@ -36,6 +36,7 @@ class FakeReranker:
         warm_up: Callable[[Callable[[str], None]], None] = lambda progress: None,
     ) -> None:
         self.name = "fake/reranker"
+        self.preprocessing = None
         self.max_length = 500
         self.row_tokens = row_tokens
         self.scores_are_logits = logits
