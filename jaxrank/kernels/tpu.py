@@ -20,20 +20,18 @@ from jaxtyping import Array, Float
 from jaxrank.kernels.grid import FIRST, LAST
 from jaxrank.types import Layout
 
-TILES = (256, 128, 64)
+TILES = (256, 128)
 LANES = 128
 MASKED, FLOOR = -1e30, -1e29
 VMEM_BYTES = 64 << 20
 
 
 def tile_size(rows: int) -> int:
-    """Rows of a tile: a short array in whole 64s, else the largest of TILES that divides it, or 128 of a padded array.
+    """Rows of a tile: 256 where they divide the array, else 128, to whole ones of which it is padded.
 
-    Not less than 64: the compiler for v5e fails on tiles of 24 and 32 rows whose heads share lanes (libtpu 0.0.42).
+    Not less: the compilers for v5e and v6e fail on tiles of 24 to 64 rows whose heads share lanes (libtpu 0.0.42).
     """
-    if rows <= TILES[0]:
-        return -(-rows // TILES[-1]) * TILES[-1]
-    return next((size for size in TILES if rows % size == 0), LANES)
+    return next((size for size in TILES if rows % size == 0), TILES[-1])
 
 
 def attention(
