@@ -49,7 +49,7 @@ class TestCompilations:
     def test_every_bucket_is_compiled_with_a_line(self, warm: tuple[Scorer, list[str]]) -> None:
         scorer, lines = warm
         assert scorer.buckets == [128, 192, 256, 384], "up to the longest pair, which is longer than the usual row"
-        assert list(scorer.programs) == scorer.buckets
+        assert list(scorer.programs) == [(tokens, False) for tokens in scorer.buckets]
         assert [line.split(":")[0] for line in lines] == [
             f"bucket {tokens} tokens ({i}/4)" for i, tokens in enumerate(scorer.buckets, 1)
         ]

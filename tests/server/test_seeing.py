@@ -61,7 +61,7 @@ def web(site: ThreadingHTTPServer) -> str:
 @pytest.fixture(scope="module")
 def reranker(tmp_path_factory: pytest.TempPathFactory) -> Reranker:
     folder = make_qwen3_vl(tmp_path_factory.mktemp("vl"))
-    made = Reranker.from_pretrained(folder, dtype="float32", row_tokens=384, max_length=512, compile_cache=None)
+    made = Reranker.from_pretrained(folder, dtype="float32", row_tokens=192, max_length=512, compile_cache=None)
     assert made.tower is not None
     made.tower.ladder, made.tower.row_patches = (1024, 4096), 1024  # fewer programs to compile
     return made
