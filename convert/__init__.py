@@ -11,27 +11,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from jaxrank import checkpoint
-from jaxrank.checkpoint import read_config
+from jaxrank.checkpoint import Load, read_config
 from jaxrank.convert import qwen3, qwen3_vl, safetensors, torch_bin, xlm_roberta
-from jaxrank.convert.hub import TOKENIZER_FILES, find
-from jaxrank.convert.rules import Abstract, Rule, check, fill
+from jaxrank.convert.hub import FORMATS, TOKENIZER_FILES, find
+from jaxrank.convert.rules import Rule, check, fill
 from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError, ModelError
 from jaxrank.models import settings_of
+from jaxrank.models.quantized import check_quantization
+from jaxrank.shards import byte_bar
 
-__all__ = ["convert", "find", "load", "read_config"]
+__all__ = ["FORMATS", "convert", "find", "load", "prepare", "read_config"]
 
 
 class Names(NamedTuple):
@@ -50,32 +54,52 @@ NAMES = {
 }
 
 
-def load(
+def load(folder: Path, *, dtype: DTypeLike | None, mesh: Mesh | None = None, **options: Any) -> Any:
+    """The model of a published checkpoint's folder: `prepare` and what it returns, with their options."""
+    of_prepare = {name: options.pop(name) for name in ("formats", "quantization") if name in options}
+    return prepare(folder, dtype=dtype, **of_prepare)(mesh, **options)
+
+
+def prepare(
     folder: Path,
     *,
     dtype: DTypeLike | None,
-    progress: Callable[[int, int], None] | None = None,
-    allow_torch: bool = False,
-) -> Any:
-    """The model of a published checkpoint's folder, its parameters on the default device.
+    quantization: str | None = None,
+    formats: Sequence[str] = ("safetensors",),
+) -> Load:
+    """Check a published checkpoint's folder, without a look at the numbers and without a device; what is returned reads
+    it.
 
-    dtype: of the matrices (what the model always keeps in float32 stays so); None keeps the checkpoint's. progress is
-    called with the bytes read so far and in all. PyTorch's .bin files are read only with allow_torch. Raises
-    CheckpointError, which names every tensor that does not fit, or UnsupportedError.
+    dtype: of the matrices (what the model always keeps in float32 stays so); None keeps the checkpoint's.
+    quantization: "int8" rounds them while they are read (see models.quantized). formats: of hub.FORMATS, the first one
+    that is there is read. Raises CheckpointError, which names every tensor that does not fit, or UnsupportedError.
     """
     folder = Path(folder)
     config = read_config(folder)
     _, settings = settings_of(config)
     rules, ignored = NAMES[config["architectures"][0]]
-    try:
-        tensors = read_tensors(folder, allow_torch)
-        model = checkpoint.outline(config, main_dtype(tensors) if dtype is None else dtype)
+    with readable(folder):
+        tensors = read_tensors(folder, formats)
+        dtype = main_dtype(tensors) if dtype is None else dtype
         table = rules(settings, folder, tensors)
-        outlines = {
-            path: Abstract(value.shape, np.dtype(value.dtype)) for path, value in checkpoint.parameters(model).items()
-        }
-        check(table, ignored, tensors, outlines, str(folder))
-        return checkpoint.assemble(model, fill(table, tensors, outlines, progress))
+        check(table, ignored, tensors, checkpoint.parameters(checkpoint.outline(config, dtype)), str(folder))
+
+    def read(
+        mesh: Mesh | None = None, *, stacked: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> Any:
+        model = checkpoint.outline(config, dtype, quantization, stacked=stacked)
+        outlines, places = checkpoint.by_path(nnx.state(model)), checkpoint.places(model, mesh)
+        with readable(folder):
+            return checkpoint.assemble(model, fill(table, tensors, outlines, progress, places))
+
+    return read
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """OSErrors as CheckpointErrors."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
 
@@ -85,26 +109,24 @@ def convert(
     folder: str | Path,
     *,
     dtype: DTypeLike | None = None,
+    quantization: str | None = None,
     progress: bool = True,
     overwrite: bool = False,
 ) -> None:
     """Write a published checkpoint's folder as a folder of jaxrank's own (see jaxrank.checkpoint).
 
-    dtype: of the matrices; None keeps the source's. progress: a bar on stderr. overwrite: replace an earlier
-    conversion; nothing else is ever replaced. All is written into a hidden folder beside the target and renamed at the
-    end, so the target is whole or not there; a killed conversion leaves that hidden folder behind. Raises ModelError.
+    dtype: of the matrices; None keeps the source's. quantization: "int8" or None. progress: a bar on stderr. overwrite:
+    replace an earlier conversion; nothing else is ever replaced. All is written into a hidden folder beside the target
+    and renamed at the end, so the target is whole or not there; a killed conversion leaves that hidden folder behind.
+    Raises ModelError, or RequestError if an argument is off.
     """
+    check_quantization(quantization)
     source, folder = Path(source), Path(folder).expanduser().absolute()
     if checkpoint.is_converted(source):
         raise CheckpointError(f"{source} is converted already; name the published checkpoint")
     check_target(folder, overwrite)
-    with tqdm(desc="reading", unit="B", unit_scale=True, disable=not progress) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        model = load(source, dtype=dtype, progress=advance, allow_torch=True)
+    with byte_bar("reading", disable=not progress) as advance:
+        model = load(source, dtype=dtype, quantization=quantization, formats=FORMATS, progress=advance)
     hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         hidden.mkdir(parents=True)
@@ -145,19 +167,30 @@ def replace(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_tensors(folder: Path, allow_torch: bool) -> dict[str, Tensor]:
-    """The folder's tensors: safetensors, or .bin files where that is allowed and nothing else is there."""
-    tensors = safetensors.read_tensors(folder)
+def read_tensors(folder: Path, formats: Sequence[str]) -> dict[str, Tensor]:
+    """The folder's tensors, of the first of these formats that it has."""
+    tensors = safetensors.read_tensors(folder) if "safetensors" in formats else None
     if tensors is not None:
         return tensors
-    if not torch_bin.offers_torch(folder):
-        raise CheckpointError(f"{folder} has no weights: neither {safetensors.SINGLE} nor {safetensors.INDEX}")
-    if not allow_torch:
+    if torch_bin.offers_torch(folder):
+        if "torch" in formats:
+            return torch_bin.read_tensors(folder)
         raise CheckpointError(
             f"{folder} has only PyTorch .bin weights, which can hide code; write a folder that needs none with "
             f"`jaxrank convert {folder} NEW_FOLDER` and use that, or get the model with safetensors weights"
         )
-    return torch_bin.read_tensors(folder)
+    lacking = " or ".join(f"{MAIN_FILES[name][0]} (or {MAIN_FILES[name][1]})" for name in formats)
+    held = [name for name in FORMATS if any((folder / file).exists() for file in MAIN_FILES[name])]
+    held += ["orbax"] if checkpoint.is_converted(folder) else []
+    hint = f"; there are weights of load format {' and '.join(held)}" if held else ""
+    raise CheckpointError(f"{folder} has no weights to load: no {lacking}{hint}")
+
+
+MAIN_FILES = {
+    "safetensors": (safetensors.SINGLE, safetensors.INDEX),
+    "torch": (torch_bin.SINGLE, torch_bin.INDEX),
+}
+"""The file that a folder of each format has, or that of a sharded set."""
 
 
 def main_dtype(tensors: Mapping[str, Tensor]) -> np.dtype:

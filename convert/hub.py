@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrank.errors import CheckpointError
@@ -17,16 +19,19 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
-TORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+FILES = {
+    "safetensors": ("model*.safetensors", "model.safetensors.index.json"),
+    "torch": ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+}
+FORMATS = tuple(FILES)
+"""Of published weights, the preferred one first; torch's can hide code."""
 
 
-def find(name_or_folder: str | Path, revision: str | None = None, *, allow_torch: bool = False) -> Path:
+def find(name_or_folder: str | Path, revision: str | None = None, *, formats: Sequence[str] = ("safetensors",)) -> Path:
     """The folder of a model: an existing folder as it is, otherwise a Hugging Face id's, downloaded if need be.
 
-    Only the configuration, the tokenizer and safetensors weights are fetched; with allow_torch also PyTorch's .bin
-    files where the repository offers no safetensors. revision: a branch, tag or commit, for an id only. Raises
-    CheckpointError.
+    Only the configuration, the tokenizer and weights are fetched: those of the first of these formats that the
+    repository offers. revision: a branch, tag or commit, for an id only. Raises CheckpointError.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
@@ -36,9 +41,10 @@ def find(name_or_folder: str | Path, revision: str | None = None, *, allow_torch
     if isinstance(name_or_folder, Path):
         raise CheckpointError(f"there is no folder {folder}; name an existing one, or a Hugging Face id as a str")
     try:
-        found = download(name_or_folder, revision, (*TOKENIZER_FILES, "config.json", *SAFETENSORS))
-        if allow_torch and not any(found.glob("*.safetensors")):
-            found = download(name_or_folder, revision, TORCH)
+        found = download(name_or_folder, revision, (*TOKENIZER_FILES, "config.json", *FILES[formats[0]]))
+        for before, name in itertools.pairwise(formats):
+            if not any(file for pattern in FILES[before] for file in found.glob(pattern)):
+                found = download(name_or_folder, revision, FILES[name])
     except Exception as error:  # whatever network, proxy and cache may raise is no documented list
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from jaxrank.convert.rules import ROW, Rule, linear, row_difference
+from jaxrank.convert.rules import ROW, Rule, layer_places, linear, row_difference
 from jaxrank.errors import CheckpointError
 from jaxrank.models.qwen3 import Qwen3Config
 from jaxrank.tokens import load_tokenizer
@@ -38,11 +38,6 @@ def rules(config: Qwen3Config, folder: Path, tensors: Collection[str]) -> list[R
 def classifier_rules(config: Qwen3Config, folder: Path, tensors: Collection[str]) -> list[Rule]:
     """The whole table of a sequence classifier, whose head is its own."""
     return [*body(layer_places(config.layers)), Rule("score.weight", "head", ROW)]
-
-
-def layer_places(layers: int) -> list[str]:
-    """Where the model keeps its layers; the last one has a place of its own."""
-    return [*(f"layers/{i}/" for i in range(layers - 1)), "last/"]
 
 
 def body(places: list[str], model: str = "model.") -> list[Rule]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import pairwise
 from pathlib import Path
 
-from jaxrank.convert.qwen3 import body, head, layer_places
-from jaxrank.convert.rules import FLAT, Rule, Transform, linear
+from jaxrank.convert.qwen3 import body, head
+from jaxrank.convert.rules import FLAT, Rule, Transform, layer_places, linear
 from jaxrank.models.qwen3_vl import Qwen3VLConfig
 from jaxrank.models.vision import VisionConfig
 
@@ -54,8 +53,7 @@ def vision_rules(config: VisionConfig) -> list[Rule]:
         Rule("patch_embed.proj.bias", "patch/bias"),
         Rule("pos_embed.weight", "position"),
     ]
-    stages = pairwise([0, *(i + 1 for i in config.deepstack), config.layers])
-    places = [f"stages/{s}/{i}/" for s, (start, end) in enumerate(stages) for i in range(end - start)]
+    places = [f"stages/{s}/{i}/" for s, (start, end) in enumerate(config.stages) for i in range(end - start)]
     layers = [rule.under(f"blocks.{i}.", place) for i, place in enumerate(places) for rule in VISION_LAYER]
     mergers = [("merger.", "merger/")]
     mergers += [(f"deepstack_merger_list.{i}.", f"mergers/{i}/") for i in range(len(config.deepstack))]

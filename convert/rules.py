@@ -8,21 +8,17 @@ parameter keeps.
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from jaxrank.checkpoint import host_memory, to_device
+from jaxrank.checkpoint import BuildingInt8
 from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError
-
-READERS = 2
-"""Parameters that are read side by side."""
+from jaxrank.models.quantized import Quantized, largest_magnitudes, rounded, scales
+from jaxrank.shards import Building, Progress, by_parameter, in_threads
 
 SHOWN = 20
 """How many mismatches of a kind an error lists."""
@@ -45,10 +41,10 @@ class Transform(NamedTuple):
         flat = self.flat(shape)
         return flat[::-1] if self.transposed else flat
 
-    def view(self, parameter: np.ndarray) -> np.ndarray:
-        """The contiguous parameter, seen in its tensor's layout: what is written there lands in the right place."""
-        flat = parameter.reshape(self.flat(parameter.shape))
-        return flat.T if self.transposed else flat
+
+def layer_places(layers: int) -> list[str]:
+    """Where the models keep their layers; the last one has a place of its own."""
+    return [*(f"layers/{i}/" for i in range(layers - 1)), "last/"]
 
 
 SAME = Transform(lambda shape: shape)
@@ -80,28 +76,24 @@ class Rule(NamedTuple):
         return Rule(tensors + self.tensor, parameters + self.parameter, self.transform)
 
 
-class Abstract(NamedTuple):
-    """Shape and dtype of a parameter that is yet to be filled."""
-
-    shape: Shape
-    dtype: np.dtype
-
-
 def check(
     rules: Iterable[Rule],
     ignored: Collection[str],
     tensors: Mapping[str, Tensor],
-    parameters: Mapping[str, Abstract],
+    parameters: Mapping[str, Any],
     where: str,
 ) -> None:
-    """Raise one CheckpointError, beginning with `where`, that names everything that does not match."""
+    """Raise one CheckpointError, beginning with `where`, that names everything that does not match.
+
+    parameters: their outlines, by path.
+    """
     rules = list(rules)
     filled = Counter(rule.parameter for rule in rules)
     used = {rule.tensor for rule in rules}
     missing, shapes, dtypes = [], [], []
     for rule in rules:
         parameter, tensor = parameters.get(rule.parameter), tensors.get(rule.tensor)
-        expected = rule.transform.source_shape(parameter.shape) if parameter else None
+        expected = rule.transform.source_shape(parameter.shape) if parameter is not None else None
         if tensor is None:
             missing.append(f"{rule.tensor} {list(expected or ())}")
         elif tensor.dtype not in READABLE:
@@ -136,48 +128,71 @@ def listing(kind: str, lines: list[str]) -> str:
 def fill(
     rules: Iterable[Rule],
     tensors: Mapping[str, Tensor],
-    parameters: Mapping[str, Abstract],
+    parameters: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, jax.Array]:
-    """The parameters as arrays on the default device, by path; what is given must have passed `check`.
+    places: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What the parameters hold, by path, on the default device or in their `places`; what is given must have passed
+    `check`, but for layers, which may be stacked, and parameters that are to be in int8.
 
-    READERS parameters are read side by side, since most of the time goes into touching new memory; host memory in use
-    at any time is as many parameters beyond what the device keeps. progress is called with the bytes read so far and
-    in all, by one thread at a time.
+    A few parameters are read side by side; host memory in use at any time is as many parameters beyond what the device
+    keeps. progress is called with the bytes read so far and in all, by one thread at a time.
     """
-    # The largest first: what a large one needs for a moment is then not added to all the others.
-    order = sorted(rules, key=lambda rule: -tensors[rule.tensor].nbytes)
-    total, done, lock = sum(tensors[rule.tensor].nbytes for rule in order), 0, threading.Lock()
+    table = {rule.parameter: rule for rule in rules}
+    sources = by_parameter(table, parameters)
+    told = Progress(sum(tensors[rule.tensor].nbytes for rule in table.values()), progress)
 
-    def advance(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            if progress:
-                progress(done, total)
+    def one(parameter: str) -> Any:
+        outline, place = parameters[parameter], (places or {}).get(parameter)
+        if isinstance(outline, Quantized):
+            return in_int8(parameter, BuildingInt8(outline, place))
+        dtype = np.dtype(outline.dtype)
+        building = Building(outline.shape, dtype, place)
+        for path, at in sources[parameter].items():
+            name, _, transform = table[path]
+            tensor = tensors[name]
+            if transform.minus:
+                a, b = (read_row(tensor, row).astype(np.float32) for row in transform.minus)
+                for view in building.views(at, ROW.flat):
+                    view.write(0, (a - b)[None])
+                told.add(tensor.nbytes)
+                continue
+            views, row = building.views(at, transform.flat, transform.transposed), 0
+            for chunk in tensor.chunks():
+                # Cast first: a transposed write of 2-byte items touches half the memory.
+                values = cast(chunk, dtype, name)
+                for view in views:
+                    view.write(row, values)
+                row += len(chunk)
+                told.add(chunk.nbytes)
+        return building.finish()
 
-    def one(rule: Rule) -> jax.Array:
-        shape, dtype = parameters[rule.parameter]
-        host = host_memory(shape, dtype)
-        if rule.transform.minus:
-            a, b = (read_row(tensors[rule.tensor], row).astype(np.float32) for row in rule.transform.minus)
-            host[...] = a - b
-            advance(tensors[rule.tensor].nbytes)
-            return to_device(host)
-        view, row = np.atleast_1d(rule.transform.view(host)), 0
-        for chunk in tensors[rule.tensor].chunks():
-            # Cast first: a transposed write of 2-byte items touches half the memory.
-            view[row : row + len(chunk)] = cast(chunk, dtype, rule.tensor)
-            row += len(chunk)
-            advance(chunk.nbytes)
-        return to_device(host)
+    def in_int8(parameter: str, building: BuildingInt8) -> Quantized:
+        """A tensor's row is what a channel is made from: torch has [out, in], and a table's rows are rows."""
+        for path, at in sources[parameter].items():
+            name, _, transform = table[path]
+            values, row = building.values.views(at, transform.flat, transform.transposed), 0
+            shared = building.scale.views(at, FLAT.flat)
+            for chunk in tensors[name].chunks():
+                steps, scale = rounded_rows(chunk, name)
+                for views, rows in ((values, steps), (shared, scale)):
+                    for view in views:
+                        view.write(row, rows)
+                row += len(chunk)
+                told.add(chunk.nbytes)
+        return building.finish()
 
-    with ThreadPoolExecutor(READERS) as pool:
-        futures = [pool.submit(one, rule) for rule in order]
-        try:
-            return {rule.parameter: future.result() for rule, future in zip(order, futures, strict=True)}
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return in_threads(one, sources)
+
+
+def rounded_rows(chunk: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a tensor in int8, and the scale of each."""
+    wide = cast(chunk, np.dtype(np.float32), name)
+    try:
+        scale = scales(largest_magnitudes(wide, 1))
+    except ValueError as error:
+        raise CheckpointError(f"{name} {error}, which int8 cannot hold; load it without quantization") from error
+    return rounded(wide, scale), scale[:, 0]
 
 
 def read_row(tensor: Tensor, row: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from jaxrank.convert.rules import FLAT, ROW, Rule, linear
+from jaxrank.convert.rules import FLAT, ROW, Rule, layer_places, linear
 from jaxrank.models.xlm_roberta import XLMRobertaConfig
 
 LAYER = (
@@ -45,6 +45,6 @@ IGNORED = frozenset(["roberta.embeddings.position_ids", "roberta.pooler.dense.we
 
 def rules(config: XLMRobertaConfig, folder: Path, tensors: Collection[str]) -> list[Rule]:
     """The whole table for a model of that many layers; the last layer has a place of its own in the model."""
-    places = [f"layers/{i}/" for i in range(config.layers - 1)] + ["last/"]
-    layers = (rule.under(f"roberta.encoder.layer.{i}.", place) for i, place in enumerate(places) for rule in LAYER)
+    places = enumerate(layer_places(config.layers))
+    layers = (rule.under(f"roberta.encoder.layer.{i}.", place) for i, place in places for rule in LAYER)
     return [*ENDS, *layers]

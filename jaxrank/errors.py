@@ -21,7 +21,12 @@ class RequestError(JaxrankError, ValueError):
 
 
 class TooLongError(RequestError):
-    """A pair longer than the model's limit, where truncation was refused."""
+    """A pair longer than the limit, where truncation was refused. tokens: what it has, at least. limit: what it may."""
+
+    def __init__(self, message: str, tokens: int | None = None, limit: int | None = None) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.limit = limit
 
 
 class MediaError(RequestError):

@@ -51,6 +51,13 @@ def buckets(row_tokens: int, max_length: int, *, long_steps: bool = True) -> lis
     return [t for t in ladder if t <= usual or t == top or (long_steps and t < top)]
 
 
+def media_buckets(usual: Sequence[int]) -> list[int]:
+    """Those of the row lengths that rows with images and video come in: without the smallest, which few of them would
+    be, so that all programs of a model, its vision tower's included, are less than 40 at any row_tokens and max_length.
+    """
+    return [tokens for tokens in usual if tokens >= 256] or [*usual][-1:]
+
+
 def plan(pairs: Sequence[Encoded], row_tokens: int) -> list[list[int]]:
     """Which pairs share a row: first fit, longest first; `row_tokens` tokens and slots(row_tokens) pairs at most.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxrank.errors import CheckpointError, UnsupportedError
+from jaxrank.errors import CheckpointError, RequestError, UnsupportedError
 from jaxrank.media import Frames, Limits, Preprocessing, image_frames
+from jaxrank.patch_rows import PATCH_LADDER
 from jaxrank.types import Patches
 from jaxrank.video import video_frames
 
@@ -68,12 +70,50 @@ def _normalised(settings: Preprocessing) -> np.ndarray:
     return (rescaled - mean) / std
 
 
-def read_preprocessing(folder: str | Path, **changes: Any) -> Preprocessing:
+CHANGEABLE = ("min_pixels", "max_pixels", "fps", "min_frames", "max_frames", "min_frame_pixels", "max_frame_pixels",
+              "video_pixels")  # fmt: skip
+"""What of Preprocessing is not the model's but a choice."""
+
+
+def changed(settings: Preprocessing, changes: Mapping[str, int | float]) -> Preprocessing:
+    """Other sizes and sampling, by names of CHANGEABLE. Raises RequestError for values that cannot be."""
+    for name, value in changes.items():
+        if name not in CHANGEABLE:
+            raise RequestError(f"{name} is no size that can be chosen; those are {', '.join(CHANGEABLE)}")
+        if isinstance(value, bool) or not (0 < value < math.inf and (name == "fps" or float(value).is_integer())):
+            raise RequestError(
+                f"{name} is {value}; it must be a {'number' if name == 'fps' else 'whole number'} above 0"
+            )
+    made = replace(settings, **{name: value if name == "fps" else int(value) for name, value in changes.items()})
+    most = PATCH_LADDER[-1] * made.patch_size**2
+    # what a frame cannot be shrunk below (see video.video_size), for all steps
+    steps = -(-max(made.min_frames, made.max_frames) // made.temporal_patch_size)
+    for small, large, named in (
+        (made.factor**2, made.min_pixels, "min_pixels"),
+        (made.factor**2, made.min_frame_pixels, "min_frame_pixels"),
+        (made.min_pixels, made.max_pixels, "max_pixels"),
+        (made.min_frame_pixels, made.max_frame_pixels, "max_frame_pixels"),
+        (made.min_frames, made.max_frames, "max_frames"),
+    ):
+        if large < small:
+            raise RequestError(f"{named} is {large}; it must be at least {small}")
+    for name, value in (("max_pixels", made.max_pixels), ("video_pixels", made.video_pixels)):
+        if value > most:
+            raise RequestError(f"{name} is {value}; the vision tower takes at most {most}")
+    if steps * made.min_frame_pixels * 1.05 > most:
+        raise RequestError(
+            f"max_frames is {made.max_frames}, of at least {made.min_frame_pixels} pixels each (min_frame_pixels); the "
+            f"vision tower takes at most {most} pixels in all, {made.temporal_patch_size} frames counting as one"
+        )
+    return made
+
+
+def read_preprocessing(folder: str | Path, changes: Mapping[str, int | float] | None = None) -> Preprocessing:
     """The settings of a model: patches, mean and std as its files say, sizes and sampling as the publisher's script.
 
     Looks into config.json, preprocessor_config.json, video_preprocessor_config.json and processor_config.json, which
-    may each be missing. changes: fields of Preprocessing, over all of them. Raises CheckpointError for files that
-    cannot be read or contradict each other, UnsupportedError for processing that is not implemented.
+    may each be missing. changes: see `changed`. Raises CheckpointError for files that cannot be read or contradict
+    each other, UnsupportedError for processing that is not implemented, RequestError for changes that are off.
     """
     found: dict[str, Any] = {}
     for name, file, part in _places(Path(folder)):
@@ -86,7 +126,7 @@ def read_preprocessing(folder: str | Path, **changes: Any) -> Preprocessing:
                 raise CheckpointError(
                     f"{file}: {key} is {value}, but another file of the model says {found[field]}. Make them agree."
                 )
-    return replace(Preprocessing(**found), **changes)
+    return changed(Preprocessing(**found), changes) if changes else Preprocessing(**found)
 
 
 _FIELDS = {

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 from jaxrank.errors import RequestError, TooLongError
 from jaxrank.patch_rows import mrope_positions, tokens_of
 from jaxrank.prompts import Piece, Prompt, Slot, Texts, unwrap
-from jaxrank.tokens import SPARE, check_text, clip, load_tokenizer
+from jaxrank.tokens import NO_CUT, SPARE, Cut, check_text, clip, load_tokenizer, token_ids
 from jaxrank.types import NO_PREFIX, Encoded, Media, Patches
 
 Part = str | Patches
@@ -58,19 +58,19 @@ class PromptTokenizer:
     """
 
     def __init__(self, folder: Path, max_length: int, prompt: Prompt, merge: int | None = None):
-        self.tokenizer, self._special = load_tokenizer(folder)
+        self.tokenizer, self.special = load_tokenizer(folder)
         self.max_length = max_length
         self.prompt = prompt
         self.merge = merge
         self._plain, self._instructed = self._segments(prompt.plain), self._segments(prompt.instructed)
         chunks = self._chunks(self._instructed, {slot: [""] for slot in Slot}, [])
-        frame = sum(len(self._ids(str(chunk))) if isinstance(chunk, Text) else 1 for chunk in chunks)
-        if max_length < frame + 8:
-            raise RequestError(f"max_length is {max_length}; the prompt alone takes {frame} tokens")
+        self.frame = sum(len(self._ids(str(chunk))) if isinstance(chunk, Text) else 1 for chunk in chunks)
+        if max_length < self.frame + 8:
+            raise RequestError(f"max_length is {max_length}; the prompt alone takes {self.frame} tokens")
 
     def _segments(self, pieces: Sequence[Piece]) -> list[int | Segment]:
         """A prompt as ids, and runs of text with gaps between them, which are tokenised as one."""
-        marks = sorted(self._special, key=len, reverse=True)
+        marks = sorted(self.special, key=len, reverse=True)
         pattern = re.compile(f"({'|'.join(map(re.escape, marks)) or '(?!)'})")
         segments: list[int | Segment] = []
         run: list[Piece] = []
@@ -87,9 +87,9 @@ class PromptTokenizer:
                 run.append(piece)
                 continue
             for part in pattern.split(piece):
-                if part in self._special:
+                if part in self.special:
                     end_run()
-                    segments.append(self._special[part])
+                    segments.append(self.special[part])
                 elif part:
                     run.append(part)
         end_run()
@@ -98,24 +98,37 @@ class PromptTokenizer:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _clipped(self, text: str) -> str:
+    def _clipped(self, text: str, limit: int, keep_end: bool) -> str:
         """`text`, or if it is far too long for any prompt, a part of it that is too long all the same."""
-        clipped = clip(text, self.max_length)
-        long_enough = len(clipped) < len(text) and len(self._ids(clipped)) >= self.max_length + SPARE
+        clipped = clip(text, limit, keep_end)
+        long_enough = len(clipped) < len(text) and len(self._ids(clipped)) >= limit + SPARE
         return clipped if long_enough else text
 
-    def _parts(self, side: str | Sequence[Part], where: str) -> list[Part]:
-        """A query's or document's parts, checked, texts clipped."""
-        if isinstance(side, str):
-            return [self._clipped(check_text(side, where))]
+    def _checked(self, side: str | Sequence[Part], where: str) -> list[Part]:
+        """A query's or document's parts. Raises RequestError on what the model does not read."""
         if not isinstance(side, list | tuple):
-            check_text(side, where)  # says what came
+            return [check_text(side, where)]
         if self.merge is None and any(isinstance(part, Patches) for part in side):
             raise RequestError(f"{where} holds an image or video, and this model reads text alone")
-        return [
-            part if isinstance(part, Patches) else self._clipped(check_text(part, f"{where}[{i}]"))
-            for i, part in enumerate(side)
-        ]
+        return [p if isinstance(p, Patches) else check_text(p, f"{where}[{i}]") for i, p in enumerate(side)]
+
+    def _short(self, parts: Sequence[Part], limit: int, most: int | None, keep_end: bool) -> tuple[list[Part], int]:
+        """The parts, their texts clipped, with at most `most` tokens of text; how many tokens that left out.
+
+        A character of several tokens goes as a whole.
+        """
+        short = [part if isinstance(part, Patches) else self._clipped(part, limit, keep_end) for part in parts]
+        if most is None:
+            return short, 0
+        dropped = 0
+        for i in reversed(range(len(short))) if keep_end else range(len(short)):
+            if isinstance(part := short[i], str):
+                places = self.tokenizer.encode(part, add_special_tokens=False).offsets
+                if excess := max(len(places) - most, 0):
+                    short[i] = part[places[excess - 1][1] :] if keep_end else part[: places[-excess][0]]
+                most -= len(places) - excess
+                dropped += excess
+        return short, dropped
 
     def encode(
         self,
@@ -123,40 +136,49 @@ class PromptTokenizer:
         documents: Sequence[str | Sequence[Part]],
         *,
         truncate: bool = True,
+        cut: Cut = NO_CUT,
         instruct: str | None = None,
     ) -> list[Encoded]:
         """One Encoded for each document, in order; texts in the publisher's frame are taken out of it (see unwrap).
 
         Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
-        32 characters a token of the limit). truncate=False raises TooLongError instead, as do media that do not fit.
+        32 characters a token of the limit). truncate=False raises TooLongError instead, but for what `cut`
+        asks for; so do media that do not fit.
         """
+        limit = cut.limit(self.max_length, least=self.frame + 8)
+        asked = self._checked(query, "query")
+        sides = [self._checked(document, f"documents[{i}]") for i, document in enumerate(documents)]
         if isinstance(query, str) and all(isinstance(document, str) for document in documents):
-            for where, text in [("query", query), *((f"documents[{i}]", text) for i, text in enumerate(documents))]:
-                check_text(text, where)
-            instruct, query, documents = unwrap(Texts(instruct, query, [str(text) for text in documents]))
-        values: dict[Slot, list[Part]] = {Slot.QUERY: self._parts(query, "query")}
+            inner = unwrap(Texts(instruct, query, [str(text) for text in documents]))
+            instruct, asked, sides = inner.instruct, [inner.query], [[text] for text in inner.documents]
+        asked, left_out = self._short(asked, limit, cut.query, cut.keep_end)
+        values: dict[Slot, list[Part]] = {Slot.QUERY: asked}
         if instruct is not None:
-            values[Slot.INSTRUCT] = [self._clipped(check_text(instruct, "instruct"))]
+            values[Slot.INSTRUCT] = [self._clipped(check_text(instruct, "instruct"), limit, False)]
         segments = self._plain if instruct is None else self._instructed
-        prompts, media = [], []
-        for i, document in enumerate(documents):
+        prompts, media, dropped = [], [], []
+        for side in sides:
             media.append([])
-            filled = {**values, Slot.DOCUMENT: self._parts(document, f"documents[{i}]")}
-            prompts.append(self._chunks(segments, filled, media[-1]))
+            document, left_out_here = self._short(side, limit, cut.document, cut.keep_end)
+            prompts.append(self._chunks(segments, {**values, Slot.DOCUMENT: document}, media[-1]))
+            dropped.append(left_out + left_out_here)
         texts = list(dict.fromkeys(str(chunk) for chunks in prompts for chunk in chunks if isinstance(chunk, Text)))
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        table = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        ids = token_ids(self.tokenizer, texts)
+        table = {text: np.array(one, np.int32) for text, one in zip(texts, ids, strict=True)}
         written = [_Prompt(*self._written(chunks, table), tuple(m)) for chunks, m in zip(prompts, media, strict=True)]
-        excesses = [max(len(prompt.ids) - self.max_length, 0) for prompt in written]
-        for i, excess in enumerate(excesses):
-            if excess and not truncate:
+        for i, prompt in enumerate(written):
+            if (excess := len(prompt.ids) - limit) <= 0:
+                continue
+            if not truncate:
                 raise TooLongError(
-                    f"This model's maximum context length is {self.max_length} tokens, but documents[{i}] with its "
-                    f"query has at least {len(written[i].ids)}. Shorten it, or allow truncation"
+                    f"This model's maximum context length is {limit} tokens, but documents[{i}] with its "
+                    f"query has at least {len(prompt.ids)}. Shorten it, or allow truncation",
+                    len(prompt.ids),
+                    limit,
                 )
-            if excess:
-                written[i] = self._cut(written[i], prompts[i], excess, f"documents[{i}]")
-        return _share(written, excesses, self.merge or 1)
+            written[i] = self._cut(prompt, prompts[i], excess, f"documents[{i}]", cut.keep_end)
+            dropped[i] += excess
+        return _share(written, dropped, self.merge or 1)
 
     def _chunks(
         self, segments: Sequence[int | Segment], values: dict[Slot, list[Part]], media: list[Patches]
@@ -193,14 +215,14 @@ class PromptTokenizer:
 
     def _spans(self, one: Patches) -> list[tuple[str, list[int]]]:
         """What stands for an image or video: for each step the text before it, and its ids."""
-        start, end = (self._special[f"<|vision_{name}|>"] for name in ("start", "end"))
-        pad = self._special["<|video_pad|>" if one.seconds else "<|image_pad|>"]
+        start, end = (self.special[f"<|vision_{name}|>"] for name in ("start", "end"))
+        pad = self.special["<|video_pad|>" if one.seconds else "<|image_pad|>"]
         steps = len(one.seconds) or 1
         ids = [start, *[pad] * (tokens_of(one.grid, self.merge or 1) // steps), end]
         return [(f"<{second:.1f} seconds>", ids) for second in one.seconds] or [("", ids)]
 
     @staticmethod
-    def _written(chunks: Sequence[Chunk], table: dict[str, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _written(chunks: Sequence[Chunk], table: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """A prompt's ids, and which image or video each of them stands for, -1 for none."""
         ids: list[int] = []
         owners: list[tuple[int, int, int]] = []
@@ -209,15 +231,15 @@ class PromptTokenizer:
                 owners.append((len(ids) + 1, len(ids) + len(chunk.ids) - 1, chunk.media))
                 ids += chunk.ids
             else:
-                ids += [chunk] if isinstance(chunk, int) else table[str(chunk)]
+                ids += [chunk] if isinstance(chunk, int) else table[str(chunk)].tolist()
         owner = np.full(len(ids), -1, np.int32)
         for first, last, number in owners:
             owner[first:last] = number
         return np.array(ids, np.int32), owner
 
-    def _cut(self, prompt: _Prompt, chunks: Sequence[Chunk], excess: int, where: str) -> _Prompt:
-        """The prompt without `excess` of its tokens: first the last ones of the document, then of what stands between
-        the first gap and the last one."""
+    def _cut(self, prompt: _Prompt, chunks: Sequence[Chunk], excess: int, where: str, keep_end: bool) -> _Prompt:
+        """The prompt without `excess` of its tokens: first the last ones of the document (the first ones, if
+        keep_end), then of what stands between the first gap and the last one."""
         ranks: list[int] = []
         for chunk in chunks:
             if not isinstance(chunk, Text):
@@ -229,15 +251,15 @@ class PromptTokenizer:
             ]
             for left, right in self.tokenizer.encode(str(chunk), add_special_tokens=False).offsets:
                 ranks.append(max((rank for start, end, rank in places if left < end and right > start), default=FRAME))
-        order = sorted((rank, i) for i, rank in enumerate(ranks) if rank)
+        order = sorted((rank, -i if keep_end else i) for i, rank in enumerate(ranks) if rank)
         if excess > len(order):
             raise TooLongError(
-                f"This model's maximum context length is {self.max_length} tokens, and the images and videos of "
+                f"This model's maximum context length is {len(ranks) - excess} tokens, and the images and videos of "
                 f"{where} and its query alone need {len(ranks) - len(order)}, with the prompt's frame. Send fewer or "
                 "smaller ones"
             )
         kept = np.ones(len(ranks), bool)
-        kept[[i for _, i in order[len(order) - excess :]]] = False
+        kept[[abs(i) for _, i in order[len(order) - excess :]]] = False
         return _Prompt(prompt.ids[kept], prompt.owner[kept], prompt.media)
 
 
@@ -265,20 +287,20 @@ class _Prompt(NamedTuple):
         return Media(tuple(self.media[i] for i in dict.fromkeys(owner[at].tolist())), at, positions[:, first:last])
 
 
-def _share(prompts: Sequence[_Prompt], excesses: Sequence[int], merge: int) -> list[Encoded]:
+def _share(prompts: Sequence[_Prompt], dropped: Sequence[int], merge: int) -> list[Encoded]:
     """Pairs of one request, with what all its prompts begin with as their prefix."""
     identities = [prompt.identity for prompt in prompts]
     shared = _common_prefix(identities) if len(prompts) > 1 else 0
     prefix, prefix_media = (prompts[0].ids[:shared] if prompts else NO_PREFIX), None
     pairs = []
-    for i, (prompt, excess) in enumerate(zip(prompts, excesses, strict=True)):
+    for i, (prompt, left_out) in enumerate(zip(prompts, dropped, strict=True)):
         positions = None
         if prompt.media:
             positions, _ = mrope_positions(prompt.owner >= 0, [one.grid for one in prompt.media], merge=merge)
         if i == 0 and (prompt.owner[:shared] >= 0).any():
             prefix_media = prompt.between(0, shared, positions)
         own = prompt.between(shared, len(prompt.ids), positions)
-        pairs.append(Encoded(prompt.ids[shared:], len(prompt.ids) - shared - 1, excess, prefix, own, prefix_media))
+        pairs.append(Encoded(prompt.ids[shared:], len(prompt.ids) - shared - 1, left_out, prefix, own, prefix_media))
     return pairs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import platformdirs
+from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
@@ -18,20 +19,24 @@ from jaxrank.contents import Contents
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.media import Preprocessing
 from jaxrank.models import settings_of
+from jaxrank.models.quantized import check_quantization
 from jaxrank.packing import Features
 from jaxrank.patches import read_preprocessing
 from jaxrank.prompt_tokens import PromptTokenizer
 from jaxrank.prompts import load_prompt
 from jaxrank.scoring import Scorer, take_tower, use_compilation_cache
-from jaxrank.tokens import PairTokenizer, check_text
+from jaxrank.sharding import DATA, MODEL, choose_mesh
+from jaxrank.stages import Stages
+from jaxrank.tokens import NO_CUT, Cut, PairTokenizer, Token, check_text, tokens_of, written
 from jaxrank.tower import Tower
-from jaxrank.types import Encoded, Ranked
+from jaxrank.types import Encoded, Ranked, Work
 
 Content = Any
 """A query or document: a string, or for models that see, what contents.FORMS says."""
 
 BUILTIN = Path(__file__).parent / "builtin"
 DTYPES = ("bfloat16", "float32")
+LOAD_FORMATS = ("auto", *convert.FORMATS, "orbax")
 CPU_ROWS = (256, 384, 512, 768, 1024)
 DEFAULT_CACHE = platformdirs.user_cache_path("jaxrank") / "compiled"
 
@@ -52,23 +57,28 @@ class Reranker:
         row_tokens: int | None = None,
         instruct: str | None = None,
         preprocessing: Preprocessing | None = None,
+        mesh: Mesh | None = None,
+        stages: Stages | None = None,
     ):
         self.name = name
         self.model = model
+        self.stages = Stages() if stages is None else stages
         self.tokenizer = tokenizer
         self.instruct = instruct
         self.preprocessing = preprocessing
+        self.mesh = mesh
         self.max_length = tokenizer.max_length
         vision = take_tower(model)
-        self.tower = self.features = None
+        self.tower = features = None
         if vision is not None:
-            self.tower = Tower(vision)
-            self.features = Features((vision.config.features, model.config.width), model.word.dtype)
+            self.tower = Tower(vision, mesh=mesh)
+            features = Features((vision.config.features, model.config.width), model.word.dtype)
         self.scorer = Scorer(
             model,
             max_length=self.max_length,
             row_tokens=row_tokens or default_row_tokens(model.config.ffn, model.causal),
-            features=self.features,
+            features=features,
+            mesh=mesh,
         )
 
     @classmethod
@@ -77,33 +87,53 @@ class Reranker:
         name_or_folder: str | Path | None = None,
         *,
         dtype: str = "bfloat16",
+        quantization: str | None = None,
         max_length: int | None = None,
         row_tokens: int | None = None,
         prompt: str | None = None,
         chat_template: str | Path | None = None,
         instruct: str | None = None,
+        preprocessing: Mapping[str, int | float] | None = None,
         revision: str | None = None,
+        load_format: str = "auto",
+        weights: bool = True,
         compile_cache: str | Path | None = DEFAULT_CACHE,
+        data_parallel: int | None = None,
+        tensor_parallel: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        stages: Stages | None = None,
     ) -> Reranker:
         """Load a model by Hugging Face id or folder (published or converted); None is the small built-in model.
 
+        quantization: "int8" keeps matrices in half of bfloat16's memory, rounded while they are read; None keeps them
+        in dtype, or as a converted folder has them.
         dtype: of matrices and activations, "bfloat16" or "float32". max_length: tokens of a pair, at most what the
         model can, by default what its publisher uses; longer pairs are truncated. row_tokens: tokens scored together.
-        prompt, chat_template, instruct: for models that read a prompt, which built-in one ("official", "sglang",
-        "vllm" or "none"), or a Jinja file instead of it (see prompts.load_prompt), and the instruction of requests
-        that have none. compile_cache: where compiled programs are kept for the next start, None for nowhere.
-        progress: called with bytes done and bytes in all. Raises ModelError if the model cannot be loaded,
-        RequestError if an argument is off.
+        prompt, chat_template, instruct: for models that read a prompt, which built-in one ("official", "sglang", "vllm"
+        or "none"), or a Jinja file instead of it (see prompts.load_prompt), and the instruction of requests that have
+        none. preprocessing: for models that see, sizes of images and sampling of video other than the publisher's, by
+        names of patches.CHANGEABLE. load_format: which weights of the folder, one of LOAD_FORMATS; "auto" takes those
+        of a converted folder, else safetensors. weights: False for an outline without them, which cannot score, only
+        `warm_up`, so that the next start finds its programs. compile_cache: where compiled programs are kept for the
+        next start, None for nowhere. data_parallel, tensor_parallel: copies of the weights, and devices that share a
+        copy; by default as many copies as the accelerators allow, each on as few as hold it, and one on CPU. progress:
+        called with bytes done and bytes in all. stages: a clock that runs already. Raises ModelError if the model
+        cannot be loaded, RequestError if an argument is off.
         """
         if dtype not in DTYPES:
             raise RequestError(f"dtype {dtype!r} is unknown; one of {', '.join(DTYPES)}")
+        check_quantization(quantization)
+        if load_format not in LOAD_FORMATS:
+            raise RequestError(f"load_format {load_format!r} is unknown; one of {', '.join(LOAD_FORMATS)}")
         if compile_cache is not None:
             use_compilation_cache(Path(compile_cache))
         name = "jaxrank/builtin" if name_or_folder is None else str(name_or_folder)
+        stages = Stages() if stages is None else stages
+        formats = (load_format,) if load_format in convert.FORMATS else convert.FORMATS[:1]
         try:
-            folder = BUILTIN if name_or_folder is None else convert.find(name_or_folder, revision)
-            family, settings = settings_of(convert.read_config(folder))
+            folder = BUILTIN if name_or_folder is None else convert.find(name_or_folder, revision, formats=formats)
+            config = convert.read_config(folder)
+            family, settings = settings_of(config)
             limit = settings.max_length
             if max_length is not None and not 8 <= max_length <= limit:
                 raise RequestError(f"max_length is {max_length}; this model takes 8 to {limit} tokens")
@@ -114,26 +144,57 @@ class Reranker:
                 written = load_prompt(prompt or "official", chat_template, family.prompts)
                 merge = settings.vision.merge if hasattr(settings, "vision") else None
                 tokenizer = PromptTokenizer(folder, length, written, merge)
-                preprocessing = None if merge is None else read_preprocessing(folder)
+                seeing = None if merge is None else read_preprocessing(folder, preprocessing)
+                if preprocessing and seeing is None:
+                    raise RequestError(f"{name} reads text alone; leave out preprocessing, the sizes of images")
                 if instruct is not None:
                     check_instruct(tokenizer, instruct)
             else:
-                given = {"prompt": prompt, "chat_template": chat_template, "instruct": instruct}
-                if names := [name for name, value in given.items() if value is not None]:
+                given: dict[str, Any] = {"prompt": prompt, "chat_template": chat_template, "instruct": instruct}
+                given["preprocessing"] = preprocessing or None
+                if names := [argument for argument, value in given.items() if value is not None]:
                     raise RequestError(f"{name} reads query and document without a prompt; leave out {names[0]}")
-                tokenizer, preprocessing = PairTokenizer(folder, length), None
+                tokenizer, seeing = PairTokenizer(folder, length), None
             if (size := tokenizer.tokenizer.get_vocab_size()) > settings.vocab_size:
                 raise CheckpointError(
                     f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {settings.vocab_size}; "
                     "use the tokenizer and the weights of one model"
                 )
-            if checkpoint.is_converted(folder):
-                model = checkpoint.load(folder, dtype=dtype)
+            how: dict[str, Any] = dict(dtype=dtype, quantization=quantization)
+            converted = load_format == "orbax" or (load_format == "auto" and checkpoint.is_converted(folder))
+            if converted:
+                load = checkpoint.prepare(folder, **how) if weights else None
             else:
-                model = convert.load(folder, dtype=dtype, progress=progress)
+                load = convert.prepare(folder, **how, formats=formats) if weights else None
+            mesh = None
+            kept = quantization or (checkpoint.quantization_of(folder) if converted else None)
+            # All that can be wrong with the folder is known by now; from here on the devices are touched.
+            if jax.default_backend() != "cpu" or (data_parallel, tensor_parallel) != (None, None):
+                outline = checkpoint.outline(config, dtype, kept)
+                mesh = choose_mesh(outline, jax.devices(), data_parallel, tensor_parallel)
+            stages.lap("checks")
+            stacked = mesh is not None or jax.default_backend() != "cpu"
+            if load is None:
+                model = checkpoint.outline(config, dtype, kept, stacked=stacked)
+            else:
+                model = load(mesh, stacked=stacked, progress=progress)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from error
-        return cls(model, tokenizer, name=name, row_tokens=row_tokens, instruct=instruct, preprocessing=preprocessing)
+        reranker = cls(
+            model, tokenizer, name=name, row_tokens=row_tokens, instruct=instruct, preprocessing=seeing, mesh=mesh,
+            stages=stages,
+        )  # fmt: skip
+        stages.lap("weights")
+        return reranker
+
+    @property
+    def devices(self) -> str:
+        """Where the model lies, in words."""
+        if self.mesh is None:
+            return f"1 device ({jax.devices()[0].device_kind})"
+        copies, share = self.mesh.shape[DATA], self.mesh.shape[MODEL]
+        kind = self.mesh.devices.flat[0].device_kind
+        return f"{copies * share} devices ({kind}): {copies} x the weights, each on {share}"
 
     @property
     def row_tokens(self) -> int:
@@ -146,6 +207,11 @@ class Reranker:
         return not self.takes_instruct
 
     @property
+    def dtype(self) -> str:
+        """Of matrices and activations."""
+        return str(self.model.word.dtype)
+
+    @property
     def takes_instruct(self) -> bool:
         """Whether requests can say what is to be judged."""
         return isinstance(self.tokenizer, PromptTokenizer)
@@ -155,17 +221,36 @@ class Reranker:
         """XLA compilations since warm-up ended; stays 0 while serving."""
         return self.scorer.compilations
 
+    @property
+    def compiled(self) -> tuple[int, int]:
+        """Programs compiled so far since the model was loaded, and how many more came from the compilation cache."""
+        return self.scorer.compiled
+
+    @property
+    def work(self) -> Work:
+        """What scoring has computed since the model was loaded: rows, filler, shared tokens."""
+        return self.scorer.work
+
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile all programs now, one line each to `progress`, instead of at first use."""
+        self.stages.lap(None)
         if self.tower is not None:
             self.tower.warm_up(progress)
         self.scorer.warm_up(progress)
+        self.stages.lap("programs")
 
     def encode(
-        self, query: Content, documents: Sequence[Content], *, truncate: bool = True, instruct: str | None = None
+        self,
+        query: Content,
+        documents: Sequence[Content],
+        *,
+        truncate: bool = True,
+        cut: Cut = NO_CUT,
+        instruct: str | None = None,
     ) -> list[Encoded]:
         """Tokenised pairs, in the documents' order. RequestError on what the model cannot read, TooLongError as asked.
 
+        truncate: whether pairs that are too long are cut rather than refused. cut: what is left out besides.
         For models that read a prompt, documents share the tokens that they begin with, and texts that stand in the
         publisher's frame already are taken out of it. Models that see take images and videos, as contents.FORMS says.
         """
@@ -176,7 +261,7 @@ class Reranker:
         if isinstance(self.tokenizer, PairTokenizer):
             if instruct is not None:
                 raise RequestError(f"{self.name} reads query and document without an instruct; leave it out")
-            return self.tokenizer.encode(query, documents, truncate=truncate)
+            return self.tokenizer.encode(query, documents, truncate=truncate, cut=cut)
         if instruct is not None:
             check_instruct(self.tokenizer, instruct)
         instruct = self.instruct if instruct is None else instruct
@@ -184,7 +269,15 @@ class Reranker:
             contents = Contents(self.preprocessing)
             query = contents.parts(query, "query")
             documents = [contents.parts(document, f"documents[{i}]") for i, document in enumerate(documents)]
-        return self.tokenizer.encode(query, documents, truncate=truncate, instruct=instruct)
+        return self.tokenizer.encode(query, documents, truncate=truncate, cut=cut, instruct=instruct)
+
+    def render(self, pair: Encoded) -> str:
+        """A tokenised pair as text, with all that frames it, as the model sees it."""
+        return written(self.tokenizer.tokenizer, self.tokenizer.special, [*pair.prefix.tolist(), *pair.tokens.tolist()])
+
+    def tokens_of(self, text: str) -> list[Token]:
+        """The tokens of a text by itself. RequestError if it is no Unicode text."""
+        return tokens_of(self.tokenizer.tokenizer, text)
 
     def score_encoded(self, encoded: Sequence[Encoded], *, progress: bool = False) -> Float32[np.ndarray, " n"]:
         """The float32 logits of encoded pairs, in their order. A bar is shown for long jobs if asked for."""
@@ -200,10 +293,10 @@ class Reranker:
 
     def _features(self, encoded: Sequence[Encoded]) -> Features | None:
         """What the tower makes of the pairs' images and videos, each looked at once; None for a model of text."""
-        if self.tower is None or self.features is None:
+        if self.tower is None or self.scorer.features is None:
             return None
         runs = (run for pair in encoded for run in (pair.prefix_media, pair.media) if run is not None)
-        return replace(self.features, of=self.tower.of(one for run in runs for one in run.patches))
+        return replace(self.scorer.features, of=self.tower.of(one for run in runs for one in run.patches))
 
     def score(
         self,

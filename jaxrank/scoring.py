@@ -8,6 +8,7 @@ import stat
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
 from jaxrank.errors import ModelError, RequestError
 from jaxrank.kernels import is_for_tpu
-from jaxrank.models.layers import stack
-from jaxrank.packing import LADDER, Features, bucket_of, buckets, pack, plan, row_size
-from jaxrank.sharding import over_mesh
-from jaxrank.types import Encoded, Packed
+from jaxrank.models.layers import stack_layers
+from jaxrank.packing import LADDER, Features, bucket_of, buckets, media_buckets, pack, plan, row_size
+from jaxrank.sharding import DATA, over_mesh, shardings
+from jaxrank.types import Encoded, Packed, Work
 
 WINDOW = 2048
 """Pairs planned together. More would fill rows no better, and planning takes pairs times rows."""
@@ -42,19 +43,28 @@ class CompilationCounter:
     """Counts XLA compilations in this process (those answered by the cache too) for as long as it lives."""
 
     def __init__(self) -> None:
-        counter = [0]
+        counter = Counter[str]()
 
         def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-            if event == "/jax/core/compile/backend_compile_duration":
-                counter[0] += 1
+            counter[event] += 1
+
+        def hear(event: str, **kwargs: str | int) -> None:
+            counter[event] += 1
 
         self._counter = counter
         jax.monitoring.register_event_duration_secs_listener(listen)
+        jax.monitoring.register_event_listener(hear)
         weakref.finalize(self, jax.monitoring.unregister_event_duration_listener, listen)
+        weakref.finalize(self, jax.monitoring.unregister_event_listener, hear)
 
     @property
     def count(self) -> int:
-        return self._counter[0]
+        return self._counter["/jax/core/compile/backend_compile_duration"]
+
+    @property
+    def from_cache(self) -> int:
+        """Those of them that the persistent cache answered."""
+        return self._counter["/jax/compilation_cache/cache_hits"]
 
 
 def use_compilation_cache(folder: Path) -> None:
@@ -94,34 +104,72 @@ def take_tower(model: Any) -> Any:
 
 def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
     """For accelerators: a bucket is one program, with a scan over the stacked layers."""
-    score, state = whole(model)
+    return ahead_of_time(*whole(model))
 
-    def compile(sample: Packed) -> Program:
-        return partial(score.lower(state, sample).compile(), state)
+
+def ahead_of_time(run: Any, state: Any) -> Callable[[Any], Callable[[Any], jax.Array]]:
+    """From a jitted (state, row) -> result, and the state, to what compiles it for rows shaped as a sample."""
+    return lambda sample: partial(run.lower(state, sample).compile(), state)
+
+
+Batched = Callable[[Sequence[Any]], Sequence[Any] | jax.Array]
+"""Compiled for rows of one size: so many as run side by side in, as many results out, listed or on a leading axis."""
+
+
+def side_by_side(run: Any, state: Any, mesh: Mesh) -> Callable[[Any], Batched]:
+    """The same for a mesh: what is compiled takes as many rows as there are copies of the weights."""
+    apart = NamedSharding(mesh, PartitionSpec(DATA))
+    places = shardings(state, mesh)
+    if is_outline(state):
+        outline = jax.ShapeDtypeStruct
+        state = jax.tree.map(
+            lambda at, of: jax.tree.map(lambda leaf: outline(leaf.shape, leaf.dtype, sharding=at), of), places, state
+        )
+    else:
+        state = jax.device_put(state, places)
+
+    def compile(sample: Any) -> Batched:
+        outlines = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((mesh.shape[DATA], *np.shape(leaf)), leaf.dtype, sharding=apart), sample
+        )
+        program = run.lower(state, outlines).compile()
+        return lambda rows: program(state, jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), apart))
 
     return compile
+
+
+def is_outline(state: Any) -> bool:
+    """Whether a model's state has shapes in place of numbers: its programs can be compiled, not run."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
+
+
+def one_by_one(compile: Callable[[Any], Callable[[Any], Any]]) -> Callable[[Any], Batched]:
+    """What compiles for one row, as what compiles for a list of one."""
+
+    def compile_for_lists(sample: Any) -> Batched:
+        program = compile(sample)
+        return lambda rows: [program(*rows)]
+
+    return compile_for_lists
+
+
+def fetched(results: Sequence[Any] | jax.Array) -> Sequence[Any] | np.ndarray:
+    """Results of rows that ran side by side, on the host, by row."""
+    return np.asarray(results) if isinstance(results, jax.Array) else [np.asarray(result) for result in results]
 
 
 def whole(model: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
     """The jitted (state, packed row) -> logits with a scan over the stacked layers, and the state. Takes the model's
     layers away. A model of outlines gives a state of outlines. With a mesh: see sharding.over_mesh."""
-    for name in ("adding", "layers"):  # layers of Qwen3-VL that add features, and all other layers but the last
-        if hasattr(model, name):
-            setattr(model, name, _stacked(getattr(model, name)))
+    stack_layers(model)
     return _jitted(model, mesh)
 
 
 def whole_tower(tower: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
     """The jitted (state, row of patches) -> features, and the state, as `whole` has it for a model of text: with a scan
     over the layers of each stage. Takes the tower's layers away."""
-    tower.stages = nnx.List([_stacked(stage) for stage in tower.stages])
+    stack_layers(tower)
     return _jitted(tower, mesh)
-
-
-def _stacked(layers: nnx.List) -> Any:
-    """Layers, or outlines of layers, as one with a leading axis; none stay none."""
-    outlined = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(layers)))
-    return (nnx.eval_shape(stack, layers) if outlined else stack(layers)) if len(layers) else layers
 
 
 def _jitted(module: Any, mesh: Mesh | None) -> tuple[Any, Any]:
@@ -180,10 +228,19 @@ class Scorer:
 
     `row_tokens` is the usual row; longer ones exist only for single pairs up to `max_length` tokens. Programs are
     compiled by `warm_up`, or at first use. features: the shape of what a vision tower makes of media, for models that
-    see; rows with media have programs of their own, so that rows of text cost what they cost without.
+    see; rows with media have programs of their own, so that rows of text cost what they cost without. mesh: the
+    devices, where they are several (see jaxrank.sharding); each copy of the weights takes a row of its own.
     """
 
-    def __init__(self, model: Any, *, max_length: int, row_tokens: int, features: Features | None = None):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_length: int,
+        row_tokens: int,
+        features: Features | None = None,
+        mesh: Mesh | None = None,
+    ):
         if not 1 <= row_tokens <= LADDER[-1]:
             raise RequestError(f"row_tokens is {row_tokens}; a row takes 1 to {LADDER[-1]:.0f} tokens")
         if max_length > LADDER[-1]:
@@ -194,9 +251,15 @@ class Scorer:
         # rows handed to the device before the first result is awaited: one runs, on accelerators another waits ready
         self.in_flight = 1 if self.on_cpu else 2
         self.causal: bool = model.causal
+        self.is_outline = is_outline(nnx.state(model))
         self.features = features
-        self.compile = compile_in_parts(model) if self.on_cpu else compile_whole(model)
-        self.programs: dict[tuple[int, bool], Program] = {}
+        self.copies = 1 if mesh is None else mesh.shape[DATA]
+        if mesh is not None:
+            self.compile = side_by_side(*whole(model, mesh), mesh)
+        else:
+            self.compile = one_by_one(compile_in_parts(model) if self.on_cpu else compile_whole(model))
+        self.programs: dict[tuple[int, bool], Batched] = {}
+        self.work = Work()
         self._counter = CompilationCounter()
         self._counted_from = 0
 
@@ -205,14 +268,21 @@ class Scorer:
         """XLA compilations since warm-up ended (or since this scorer was made); those of other models count too."""
         return self._counter.count - self._counted_from
 
+    @property
+    def compiled(self) -> tuple[int, int]:
+        """Programs compiled since this scorer was made, and how many more came from the compilation cache; those of
+        other models count too."""
+        return self._counter.count - self._counter.from_cache, self._counter.from_cache
+
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile every bucket, or load it from the cache. One line a bucket goes to `progress`.
 
         Then every bucket is run once, so that memory that does not suffice shows now; on CPU, where the largest rows
-        take many seconds, the smallest alone.
+        take many seconds, the smallest alone; nothing of a model's outline.
         """
-        media_or_not = (False,) if self.features is None else (False, True)
-        kinds = [(tokens, media) for media in media_or_not for tokens in self.buckets]
+        kinds = [(tokens, False) for tokens in self.buckets]
+        if self.features is not None:
+            kinds += [(tokens, True) for tokens in media_buckets(self.buckets)]
         for i, (tokens, media) in enumerate(kinds):
             start = time.perf_counter()
             program = self._program(tokens, media)
@@ -220,9 +290,10 @@ class Scorer:
                 f"bucket {tokens} tokens{' with media' if media else ''} ({i + 1}/{len(kinds)}): "
                 f"compiled in {time.perf_counter() - start:.2f} s"
             )
-            if i == 0 or not self.on_cpu:
+            if not self.is_outline and (i == 0 or not self.on_cpu):
                 start = time.perf_counter()
-                program(self._pack([], tokens, self.features if media else None)).block_until_ready()
+                row = self._pack([], tokens, self.features if media else None)
+                jax.block_until_ready(program([row] * self.copies))
                 line += f", a row takes {(time.perf_counter() - start) * 1e3:.0f} ms at first"
             _return_freed_memory()
             if progress:
@@ -232,7 +303,7 @@ class Scorer:
     def _pack(self, pairs: Sequence[Encoded], tokens: int, features: Features | None) -> Packed:
         return pack(pairs, tokens, causal=self.causal, features=features)
 
-    def _program(self, tokens: int, media: bool) -> Program:
+    def _program(self, tokens: int, media: bool) -> Batched:
         if (tokens, media) not in self.programs:
             self.programs[tokens, media] = self.compile(self._pack([], tokens, self.features if media else None))
         return self.programs[tokens, media]
@@ -242,19 +313,42 @@ class Scorer:
     ) -> Iterator[tuple[list[int], Float32[np.ndarray, " n"]]]:
         """(indices into `pairs`, their logits) row by row, in the order in which rows are computed. features: of the
         pairs' images and videos, if there are any."""
-        waiting: list[tuple[list[int], jax.Array]] = []
+        waiting: list[tuple[list[list[int]], Any]] = []
         for first in range(0, len(pairs), WINDOW):
             window = pairs[first : first + WINDOW]
-            for row in plan(window, self.row_tokens):
-                chosen = [window[i] for i in row]
-                tokens = bucket_of(row_size(chosen), len(chosen), self.buckets)
-                media = any(pair.media is not None for pair in chosen)
-                batch = self._pack(chosen, tokens, features if media else None)
+            for rows, tokens, media in self._batches(window):
+                for row in rows:
+                    chosen = [window[i] for i in row]
+                    self.work = self.work.plus(tokens, row_size(chosen), sum(map(len, chosen)))
+                packed = [self._pack([window[i] for i in row], tokens, features if media else None) for row in rows]
+                packed += [self._pack([], tokens, self.features if media else None)] * (self.copies - len(rows))
                 if len(waiting) == self.in_flight:
-                    yield _fetch(*waiting.pop(0))
-                waiting.append(([first + i for i in row], self._program(tokens, media)(batch)))
+                    yield from _fetch(*waiting.pop(0))
+                logits = self._program(tokens, media)(packed)
+                waiting.append(([[first + i for i in row] for row in rows], logits))
         for item in waiting:
-            yield _fetch(*item)
+            yield from _fetch(*item)
+
+    def _batches(self, pairs: Sequence[Encoded]) -> list[tuple[list[list[int]], int, bool]]:
+        """The rows for `pairs` that run side by side, of one length, with it and whether they have media; indices."""
+        most = self.row_tokens
+        if self.copies > 1:  # what would fill less than a row for each copy is shared out among shorter rows
+            share = max(*map(len, pairs), sum(len(pair.tokens) for pair in pairs) // self.copies + len(pairs[0].prefix))
+            most = min(most, next(tokens for tokens in self.buckets if tokens >= min(share, self.buckets[-1])))
+        sized: list[tuple[list[int], int, bool]] = []
+        for row in plan(pairs, most):
+            chosen = [pairs[i] for i in row]
+            media = any(pair.media is not None for pair in chosen)
+            lengths = media_buckets(self.buckets) if media else self.buckets
+            sized.append((row, bucket_of(row_size(chosen), len(chosen), lengths), media))
+        sized.sort(key=lambda item: (item[2], -item[1]))
+        batches: list[tuple[list[list[int]], int, bool]] = []
+        for row, tokens, media in sized:
+            if batches and batches[-1][2] == media and len(batches[-1][0]) < self.copies:
+                batches[-1][0].append(row)
+            else:
+                batches.append(([row], tokens, media))
+        return batches
 
     def __call__(self, pairs: Sequence[Encoded], features: Features | None = None) -> Float32[np.ndarray, " n"]:
         """float32 logits of all pairs, in their order; features as in `rows`."""
@@ -264,8 +358,9 @@ class Scorer:
         return logits
 
 
-def _fetch(indices: list[int], logits: jax.Array) -> tuple[list[int], Float32[np.ndarray, " n"]]:
-    return indices, np.asarray(logits)[: len(indices)]
+def _fetch(rows: list[list[int]], logits: Any) -> Iterator[tuple[list[int], Float32[np.ndarray, " n"]]]:
+    for indices, values in zip(rows, fetched(logits), strict=False):  # rows may be fewer than copies
+        yield indices, values[: len(indices)]
 
 
 def _return_freed_memory() -> None:

@@ -7,17 +7,22 @@ own heads and ffn columns, and partial sums are added up twice a layer (Shoeybi 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrank.errors import UnsupportedError
 
 DATA, MODEL = "data", "model"
+
+ROOM = 0.75
+"""Share of a device's memory that weights may take; the rest is for what a row needs, the largest 2.7 GB for 8B's shape
+at 16,384 tokens, and for the programs."""
 
 
 def make_mesh(devices: Sequence[Any], model: int = 1) -> Mesh:
@@ -27,27 +32,82 @@ def make_mesh(devices: Sequence[Any], model: int = 1) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, model), (DATA, MODEL))
 
 
+def choose_mesh(
+    model: nnx.Module, devices: Sequence[Any], data: int | None = None, tensor: int | None = None
+) -> Mesh | None:
+    """The mesh for a model's outline; None for one device alone.
+
+    data: copies of the weights, tensor: devices that share a copy. By default a copy lies on as few devices as its
+    weights fit, and there are as many copies as devices allow. Raises UnsupportedError where that cannot be.
+    """
+    count, state = len(devices), nnx.state(model)
+    least = [1 if number is None else number for number in (data, tensor)]
+    if min(least) < 1 or math.prod(least) > count:
+        raise UnsupportedError(
+            f"{least[0]} copies of the weights, each on {least[1]} devices, are asked for; there are {count} devices"
+        )
+    memory = min((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices)
+    shares = [tensor] if tensor else [n for n in range(1, count // least[0] + 1) if count % n == 0]
+    refused: UnsupportedError | None = None
+    for share in shares:
+        try:
+            need = bytes_each(state, share)
+        except UnsupportedError as error:  # heads that so many cannot share
+            refused = error
+            continue
+        if tensor or need <= ROOM * memory:
+            copies = data or count // share
+            return None if copies * share == 1 else make_mesh(devices[: copies * share], share)
+        refused = UnsupportedError(
+            f"the weights take {need / 1e9:.1f} GB on each of {share} devices, of {memory / 1e9:.1f} GB each; take "
+            "more or larger devices, fewer copies, or a smaller model"
+        )
+    raise refused or UnsupportedError(f"{count} devices cannot be shared; choose how many share a copy")
+
+
+def bytes_each(state: Any, parts: int) -> int:
+    """Bytes of a model's state on each of the devices that share it. UnsupportedError as `specs` raises it."""
+
+    def each(array: Any, axis: int | None) -> int:
+        return array.size * array.dtype.itemsize // (1 if axis is None else parts)
+
+    return sum(jax.tree.leaves(_map_cuts(each, state, parts)))
+
+
 def specs(state: Any, mesh: Mesh) -> Any:
-    """How each parameter of a model's state lies on the mesh, as a tree of PartitionSpecs.
+    """How each array of a model's state lies on the mesh, as a state of PartitionSpecs.
 
     UnsupportedError if an axis that is to be cut is no multiple of the mesh's "model" axis.
     """
-    parts = mesh.shape[MODEL]
 
-    def spec(parameter: nnx.Variable[Any]) -> PartitionSpec:
+    def spec(array: Any, axis: int | None) -> PartitionSpec:
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * (len(array.shape) + axis), MODEL)
+
+    return _map_cuts(spec, state, mesh.shape[MODEL])
+
+
+def shardings(state: Any, mesh: Mesh) -> Any:
+    """`specs` as a tree of NamedShardings, for jax.device_put."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(state, mesh))
+
+
+def _map_cuts(f: Callable[[Any, int | None], Any], state: Any, parts: int) -> Any:
+    """The state with f(array, axis) for every array, axis being the one, counted from the last, that `parts` devices
+    share; None where each has all of it, as of the scales of int8 weights that hold for the whole axis."""
+
+    def of(parameter: nnx.Variable[Any]) -> nnx.Variable[Any]:
         axis = parameter.get_metadata().get("shard")
-        if axis is None:
-            return PartitionSpec()
-        size = parameter.shape[axis]
-        if size % parts:
+        size = 1 if axis is None else parameter.shape[axis]
+        if axis is not None and size % parts:
             raise UnsupportedError(
                 f"the model has {size} heads or ffn columns, which {parts} devices cannot share evenly; "
                 "choose a divisor of its key/value heads"
             )
-        before = len(parameter.shape) + axis
-        return PartitionSpec(*[None] * before, MODEL)
+        return jax.tree.map(
+            lambda array: f(array, None if axis is None or array.shape[axis] < size else axis), parameter
+        )
 
-    return jax.tree.map(spec, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def over_mesh(score: Callable[[Any, Any], jax.Array], state: Any, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,6 +20,47 @@ CHARACTERS_PER_TOKEN = 32
 
 SPARE = 64
 """Tokens beyond the limit that are tokenised all the same: where a text was cut changes only its last few tokens."""
+
+RUN_CHARACTERS = 2**18
+"""Texts that are tokenised together."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a request leaves out of its texts, besides what the model's limit does.
+
+    pair: most tokens of a whole pair, with all that frames it. query, document: most tokens of a query's or document's
+    texts by themselves. None: no limit but the model's. keep_end: what is too long loses its beginning, not its end.
+    """
+
+    pair: int | None = None
+    query: int | None = None
+    document: int | None = None
+    keep_end: bool = False
+
+    def limit(self, max_length: int, least: int) -> int:
+        """Most tokens of a pair for a model that takes `max_length`. Raises RequestError where less than `least`."""
+        if self.pair is not None and self.pair < least:
+            raise RequestError(f"a pair is to have {self.pair} tokens at most; this model needs at least {least}")
+        return min(max_length, self.pair or max_length)
+
+    def kept(self, ids: list[int], most: int | None) -> list[int]:
+        """Of a text's ids those that stay, at most `most`."""
+        if most is None or len(ids) <= most:
+            return ids
+        return ids[len(ids) - most :] if self.keep_end else ids[:most]
+
+
+NO_CUT = Cut()
+
+
+class Token(NamedTuple):
+    """A token of a text: the characters [start, stop) of it."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
@@ -99,6 +142,21 @@ def check_text(text: object, where: str) -> str:
     return text
 
 
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    """The ids of each text, in order, without special tokens.
+
+    Texts are tokenised in runs: what the library makes of them is freed with Python's lock held, and of megabytes of
+    text that would stop other threads, such as a server's event loop, for 0.1 s.
+    """
+    first, characters = 0, 0
+    for last, text in enumerate(texts, 1):
+        characters += len(text)
+        if characters >= RUN_CHARACTERS or last == len(texts):
+            for encoding in tokenizer.encode_batch_fast(texts[first:last], add_special_tokens=False):
+                yield encoding.ids
+            first, characters = last, 0
+
+
 class PairTokenizer:
     """`<s> query </s></s> document </s>`, the scored token being `<s>`: what XLM-R cross-encoders read.
 
@@ -107,50 +165,82 @@ class PairTokenizer:
     """
 
     def __init__(self, folder: Path, max_length: int):
-        self.tokenizer, special = load_tokenizer(folder)
-        self.cls_id = special_id(special, folder, "cls_token", "<s>")
-        self.sep_id = special_id(special, folder, "sep_token", "</s>")
+        self.tokenizer, self.special = load_tokenizer(folder)
+        self.cls_id = special_id(self.special, folder, "cls_token", "<s>")
+        self.sep_id = special_id(self.special, folder, "sep_token", "</s>")
         self.max_length = max_length
 
-    def _ids(self, texts: Sequence[str], limit: int) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str], limit: int, keep_end: bool) -> Iterator[list[int]]:
         """Token ids of each text; of one far longer than `limit` tokens, ids enough to fill the limit."""
-        clipped = [clip(text, limit) for text in texts]
-        ids = [e.ids for e in self.tokenizer.encode_batch_fast(clipped, add_special_tokens=False)]
-        for i, text in enumerate(texts):
-            if len(clipped[i]) < len(text) and len(ids[i]) < limit + SPARE:
+        clipped = [clip(text, limit, keep_end) for text in texts]
+        for text, short, ids in zip(texts, clipped, token_ids(self.tokenizer, clipped), strict=True):
+            if len(short) < len(text) and len(ids) < limit + SPARE:
                 # runs of spaces or unknown characters shrink to one token: only the whole text tells
-                ids[i] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+                yield self.tokenizer.encode(text, add_special_tokens=False).ids
+            else:
+                yield ids
 
-    def encode(self, query: str, documents: Sequence[str], *, truncate: bool = True) -> list[Encoded]:
+    def encode(
+        self, query: str, documents: Sequence[str], *, truncate: bool = True, cut: Cut = NO_CUT
+    ) -> list[Encoded]:
         """One Encoded for each document, in order.
 
         Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
-        32 characters a token of the limit). truncate=False raises TooLongError instead.
+        32 characters a token of the limit). truncate=False raises TooLongError instead, but for what `cut` asks for.
         """
         check_text(query, "query")
         for i, document in enumerate(documents):
             check_text(document, f"documents[{i}]")
-        query_ids = self._ids([query], self.max_length)[0]
-        kept = query_ids[: min(self.max_length * 3 // 4, self.max_length - 4)]
-        room = self.max_length - 4 - len(kept)
+        limit = cut.limit(self.max_length, least=8)
+        (query_ids,) = self._ids([query], limit, cut.keep_end)
+        asked = cut.kept(query_ids, cut.query)
+        kept = cut.kept(asked, min(limit * 3 // 4, limit - 4))
+        room = limit - 4 - len(kept)
         head = [self.cls_id, *kept, self.sep_id, self.sep_id]
         pairs = []
-        for i, ids in enumerate(self._ids(documents, room)):
-            dropped = len(query_ids) - len(kept) + max(len(ids) - room, 0)
-            if dropped and not truncate:
+        for i, ids in enumerate(self._ids(documents, room, cut.keep_end)):
+            own = cut.kept(ids, cut.document)
+            excess = len(asked) - len(kept) + max(len(own) - room, 0)
+            if excess and not truncate:
                 raise TooLongError(
-                    f"This model's maximum context length is {self.max_length} tokens, but documents[{i}] with its "
-                    f"query has at least {self.max_length + dropped}. Shorten it, or allow truncation"
+                    f"This model's maximum context length is {limit} tokens, but documents[{i}] with its "
+                    f"query has at least {limit + excess}. Shorten it, or allow truncation",
+                    limit + excess,
+                    limit,
                 )
-            pairs.append(Encoded(np.array([*head, *ids[:room], self.sep_id], np.int32), 0, dropped))
+            own = cut.kept(own, room)
+            dropped = len(query_ids) - len(kept) + len(ids) - len(own)
+            pairs.append(Encoded(np.array([*head, *own, self.sep_id], np.int32), 0, dropped))
         return pairs
 
 
-def clip(text: str, limit: int) -> str:
-    """A prefix of `text` whose first `limit` tokens are those of the whole text; it ends at a space if one is near."""
+def clip(text: str, limit: int, keep_end: bool = False) -> str:
+    """A prefix of `text` whose first `limit` tokens are those of the whole text; it ends at a space if one is near.
+
+    keep_end: a suffix instead, with the last ones; it begins at a space.
+    """
     most = (limit + 2 * SPARE) * CHARACTERS_PER_TOKEN
     if len(text) <= most:
         return text
+    if keep_end:
+        start = len(text) - most
+        space = text.rfind(" ", max(start - 4096, 0), start + 1)
+        return text[space if space >= 0 else start :]
     space = text.find(" ", most, most + 4096)
     return text[: space if space >= 0 else most]
+
+
+def tokens_of(tokenizer: Tokenizer, text: str) -> list[Token]:
+    """The tokens of a text by itself, without what frames it in a pair."""
+    encoding = tokenizer.encode(check_text(text, "text"), add_special_tokens=False)
+    return [Token(i, t, *at) for i, t, at in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)]
+
+
+def written(tokenizer: Tokenizer, special: dict[str, int], ids: Sequence[int]) -> str:
+    """Tokens as text, special ones by their names."""
+    names = {number: name for name, number in special.items()}
+    runs = groupby(ids, key=lambda one: one in names)
+    return "".join(
+        "".join(names[one] for one in run) if marked else tokenizer.decode(list(run), skip_special_tokens=False)
+        for marked, run in runs
+    )

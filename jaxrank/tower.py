@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxrank.models.vision import VisionConfig
 from jaxrank.patch_rows import PATCH_LADDER, USUAL_PATCHES, cut_features, pack_patches, patch_bucket, plan_patches
-from jaxrank.scoring import whole_tower
+from jaxrank.scoring import Batched, ahead_of_time, fetched, one_by_one, side_by_side, whole_tower
+from jaxrank.sharding import DATA
 from jaxrank.types import ArrayLike, Patches, PatchRow
 
 Program = Callable[[PatchRow], ArrayLike]
@@ -24,12 +26,7 @@ Program = Callable[[PatchRow], ArrayLike]
 
 def compile_whole(vision: Any) -> Callable[[PatchRow], Program]:
     """For accelerators: a size is one program, with a scan over the layers of each stage."""
-    run, state = whole_tower(vision)
-
-    def compile(sample: PatchRow) -> Program:
-        return partial(run.lower(state, sample).compile(), state)
-
-    return compile
+    return ahead_of_time(*whole_tower(vision))
 
 
 def compile_in_parts(vision: Any) -> Callable[[PatchRow], Program]:
@@ -79,15 +76,28 @@ def compile_in_parts(vision: Any) -> Callable[[PatchRow], Program]:
 class Tower:
     """Features of images and video, from rows of a few static sizes.
 
-    vision: a model's tower, which is taken apart. Images share rows of up to row_patches patches. Programs are compiled
-    by `warm_up`, or at first use.
+    vision: a model's tower, which is taken apart. Images share rows of up to row_patches patches. mesh: the devices,
+    where they are several; each copy of the weights takes a row of its own. Programs are compiled by `warm_up`, or at
+    first use.
     """
 
-    def __init__(self, vision: Any, *, ladder: Sequence[int] = PATCH_LADDER, row_patches: int = USUAL_PATCHES):
+    def __init__(
+        self,
+        vision: Any,
+        *,
+        ladder: Sequence[int] = PATCH_LADDER,
+        row_patches: int = USUAL_PATCHES,
+        mesh: Mesh | None = None,
+    ):
         self.config: VisionConfig = vision.config
         self.ladder, self.row_patches = ladder, row_patches
-        self.compile = compile_in_parts(vision) if jax.default_backend() == "cpu" else compile_whole(vision)
-        self.programs: dict[int, Program] = {}
+        self.copies = 1 if mesh is None else mesh.shape[DATA]
+        if mesh is not None:
+            self.compile = side_by_side(*whole_tower(vision, mesh), mesh)
+        else:
+            one = compile_in_parts(vision) if jax.default_backend() == "cpu" else compile_whole(vision)
+            self.compile = one_by_one(one)
+        self.programs: dict[int, Batched] = {}
         self.encoded = 0
         self._made: weakref.WeakKeyDictionary[Patches, Any] = weakref.WeakKeyDictionary()
 
@@ -103,7 +113,7 @@ class Tower:
         config = self.config
         return pack_patches(media, patches, values=config.values, merge=config.merge, side=config.side)
 
-    def _program(self, patches: int) -> Program:
+    def _program(self, patches: int) -> Batched:
         if patches not in self.programs:
             self.programs[patches] = self.compile(self._row([], patches))
         return self.programs[patches]
@@ -121,12 +131,17 @@ class Tower:
         """The features of each of `media`, in their order and in the dtype of the matrices. Raises ValueError for media
         that fit no row, or whose pixels do not fit their grid."""
         features: list[Any] = [None] * len(media)
-        for indices in plan_patches(media, self.row_patches):
-            chosen = [media[i] for i in indices]
-            patches = patch_bucket(sum(len(one.pixels) for one in chosen), self.ladder)
-            made = np.asarray(self._program(patches)(self._row(chosen, patches)))
-            for i, mine in zip(
-                indices, cut_features(made, [one.grid for one in chosen], self.config.merge), strict=True
-            ):
-                features[i] = mine
+        rows = plan_patches(media, self.row_patches)
+        sizes = [patch_bucket(sum(len(media[i].pixels) for i in row), self.ladder) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -sizes[i])
+        for first in range(0, len(order), self.copies):
+            together = order[first : first + self.copies]  # of one size, the largest one's
+            patches = sizes[together[0]]
+            packed = [self._row([media[i] for i in rows[row]], patches) for row in together]
+            packed += [self._row([], patches)] * (self.copies - len(together))
+            made = fetched(self._program(patches)(packed))
+            for row, mine in zip(together, made, strict=False):  # rows may be fewer than copies
+                cut = cut_features(mine, [media[i].grid for i in rows[row]], self.config.merge)
+                for i, one in zip(rows[row], cut, strict=True):
+                    features[i] = one
         return features

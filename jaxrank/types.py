@@ -81,6 +81,29 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What scoring has computed so far.
+
+    rows: packed rows. row_tokens: their tokens, filler included. computed_tokens: the same without filler. pair_tokens:
+    tokens of the pairs in them, a prefix that they share counted for every one.
+    """
+
+    rows: int = 0
+    row_tokens: int = 0
+    computed_tokens: int = 0
+    pair_tokens: int = 0
+
+    def plus(self, row_tokens: int, computed_tokens: int, pair_tokens: int) -> Work:
+        """The same and one row more."""
+        return Work(
+            self.rows + 1,
+            self.row_tokens + row_tokens,
+            self.computed_tokens + computed_tokens,
+            self.pair_tokens + pair_tokens,
+        )
+
+
+@dataclass(frozen=True)
 class Ranked:
     """One line of a ranking: the document's place in the input, its score, and the document as it was given."""
 

@@ -70,11 +70,15 @@ def test_entries_have_readable_names_and_orbax_reads_them(folder):
     assert (mark["format"], mark["dtype"]) == (1, "float32")
 
 
+def read(folder, values):
+    return checkpoint.read_weights(checkpoint.open_weights(folder, values), values)
+
+
 def test_arrays_larger_than_a_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)
     values = {"a/b": jnp.arange(7001.0), "a/c": jnp.arange(9000.0).reshape(30, 300), "d": jnp.float32(3)}
     checkpoint.write_weights(tmp_path / "w", values)
-    for path, value in checkpoint.read_weights(tmp_path / "w", values).items():
+    for path, value in read(tmp_path / "w", values).items():
         np.testing.assert_array_equal(np.asarray(value), np.asarray(values[path]))
 
 

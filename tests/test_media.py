@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from jaxrank.errors import CheckpointError, MediaError, UnsupportedError
+from jaxrank.errors import CheckpointError, MediaError, RequestError, UnsupportedError
 from jaxrank.media import REASONS, Frames, Limits, Preprocessing, fit
-from jaxrank.patches import cut, image_patches, read_preprocessing, video_patches
+from jaxrank.patch_rows import PATCH_LADDER
+from jaxrank.patches import changed, cut, image_patches, read_preprocessing, video_patches
 from jaxrank.video import sample, step_seconds, video_frames, video_size
 from tests.media import clip, encoded, lasting, photo, png_header, sound, turned
 
@@ -365,8 +367,40 @@ class TestSettings:
             preprocessor_config={"patch_size": 14, "image_mean": [0.1, 0.2, 0.3], "max_pixels": 1, "resample": 3},
             video_preprocessor_config={"image_std": [0.4, 0.5, 0.6], "fps": 2, "size": {"longest_edge": 1}},
         )
-        expected = Preprocessing(14, 3, 4, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), max_pixels=99)
-        assert read_preprocessing(tmp_path, max_pixels=99) == expected
+        expected = Preprocessing(14, 3, 4, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), max_pixels=5000)
+        changes = {"max_pixels": 5000, "video_pixels": 10**6, "min_frame_pixels": 4096}
+        expected = replace(expected, video_pixels=10**6, min_frame_pixels=4096)
+        assert read_preprocessing(tmp_path, changes) == expected
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"patch_size": 8}, "patch_size is no size that can be chosen; those are min_pixels, max_pixels, fps"),
+            ({"fps": 0}, "fps is 0; it must be a number above 0"),
+            ({"fps": float("nan")}, "fps is nan; it must be a number above 0"),
+            ({"max_frames": 2.5}, "max_frames is 2.5; it must be a whole number above 0"),
+            ({"max_pixels": True}, "max_pixels is True; it must be a whole number"),
+            ({"max_pixels": float("inf")}, "max_pixels is inf; it must be a whole number"),
+            ({"min_pixels": 1000}, "min_pixels is 1000; it must be at least 1024"),
+            ({"max_pixels": 4000}, "max_pixels is 4000; it must be at least 4096"),
+            ({"max_pixels": 10**7}, "max_pixels is 10000000; the vision tower takes at most 7864320"),
+            ({"video_pixels": 10**7}, "video_pixels is 10000000; the vision tower takes at most 7864320"),
+            ({"max_frames": 3}, "max_frames is 3; it must be at least 4"),
+            ({"max_frames": 768}, "max_frames is 768, of at least 131072 pixels each"),
+        ],
+    )
+    def test_changes_that_cannot_be(self, tmp_path: Path, changes: dict[str, float], message: str) -> None:
+        with pytest.raises(RequestError, match=re.escape(message)):
+            read_preprocessing(tmp_path, changes)
+
+    def test_the_largest_media_fit_a_row(self) -> None:
+        """With the most that may be chosen, a picture and a video of any shape have a place in the tower's rows."""
+        settings = changed(Preprocessing(), {"max_pixels": 7864320, "max_frames": 114, "fps": 30})
+        for width, height in ((4000, 3000), (6000, 31), (1234, 5678)):
+            assert len(image_patches(photo(width, height), settings).pixels) <= PATCH_LADDER[-1]
+        for width, height in ((640, 480), (2000, 1000), (96, 3000)):
+            size = video_size(height, width, 114, settings)
+            assert size[0] * size[1] // 256 * 57 <= PATCH_LADDER[-1]
 
     def test_one_file_for_all(self, tmp_path: Path) -> None:
         self.write(tmp_path, processor_config={"image_processor": {"patch_size": 8}, "video_processor": {}})

@@ -8,17 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 from benchmarks.checkpoints import make_qwen_tokenizer
 from jaxrank.errors import RequestError, TooLongError
 from jaxrank.packing import Features, pack, plan, row_size
 from jaxrank.patch_rows import mrope_positions
+from jaxrank.patches import image_patches, video_patches
 from jaxrank.prompt_tokens import Part, PromptTokenizer
 from jaxrank.prompts import load_prompt
 from jaxrank.types import Encoded, Patches
 from tests.checkpoints import TEXT
+from tests.media import photo
 
 MERGE = 2
 FRAME = (
@@ -70,6 +74,60 @@ def full(pair: Encoded) -> list[int]:
     return [*pair.prefix.tolist(), *pair.tokens.tolist()]
 
 
+class GivenFrames(Qwen3VLVideoProcessor):
+    """Counts the patches of frames that already have their size; the pixels of frames are tested in test_media."""
+
+    def __init__(self) -> None:  # that of transformers wants torchvision
+        pass
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        videos, times = args[0], options["video_metadata"]
+        grids = [[-(-len(frames) // 2), frames.shape[1] // 16, frames.shape[2] // 16] for frames in videos]
+        return {"pixel_values_videos": None, "video_grid_thw": np.array(grids), "video_metadata": times}
+
+
+class Processor(Qwen3VLProcessor):
+    """transformers' own, without the look at the class of the above, which wants torchvision too."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return type(argument)
+
+
+# A video's placeholder stands bare: transformers 5 puts the steps, each with its own start and end, in its place alone,
+# transformers 4 also in that of a start and an end around it, as the model's own template writes them.
+CHAT = """{% for turn in messages %}<|im_start|>{{ turn.role }}
+{% for part in turn.content %}{{ part.text if 'text' in part else '<|video_pad|>' if part.type == 'video' else
+'<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}<|im_end|>
+{% endfor %}<|im_start|>assistant
+"""
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Processor:
+    pixels: Any = dict(min_pixels=4 * 32 * 32, max_pixels=1800 * 32 * 32, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images = Qwen2VLImageProcessorPil(patch_size=16, **pixels)
+    return Processor(images, AutoTokenizer.from_pretrained(folder), GivenFrames(), chat_template=CHAT + "\n")
+
+
+def ask(theirs: Processor, query: list[Any], document: list[Any], instruct: str) -> Any:
+    """As the publisher's script does. Contents are texts, images, and lists of 352 x 384 images: videos
+    of two a second, which keep their size."""
+    parts = [f"<Instruct>: {instruct}", "<Query>:", *query, "\n<Document>:", *document]
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else
+        {"type": "video" if isinstance(part, list) else "image"} for part in parts
+    ]  # fmt: skip
+    system = FRAME.partition("system\n")[2].partition("<|im_end|>")[0]
+    turns = [{"role": "system", "content": [{"type": "text", "text": system}]}, {"role": "user", "content": content}]
+    written = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    stills = [part for part in parts if isinstance(part, Image.Image)]
+    videos = [part for part in parts if isinstance(part, list)]
+    frames = [np.zeros((len(one), 352, 384, 3), np.uint8) for one in videos]
+    times = [VideoMetadata(total_num_frames=len(v), fps=2.0, frames_indices=[*range(len(v))]) for v in videos]
+    options: Any = {"video_metadata": times, "do_sample_frames": False} if videos else {}
+    return theirs(text=[written], images=stills or None, videos=frames or None, **options)
+
+
 SIDES: list[str | list[Part]] = [
     "Where do pandas live?",
     [image(4, 6)],
@@ -90,14 +148,36 @@ class TestIds:
                 assert full(pair) == theirs(text)["input_ids"]
                 assert pair.score_at == len(pair.tokens) - 1
 
-    def test_a_processors_count_of_tokens(self, ours: PromptTokenizer) -> None:
-        """The grid comes from transformers' image processor, for a picture of 100 x 60 pixels."""
-        processor: Any = Qwen2VLImageProcessorPil(patch_size=16, min_pixels=4 * 32 * 32, max_pixels=1800 * 32 * 32)
-        made = processor(images=[Image.new("RGB", (100, 60))], return_tensors="np")
-        patches = Patches(made["pixel_values"], tuple(made["image_grid_thw"][0].tolist()))
-        (pair,) = ours.encode("q", [[patches]])
-        assert pair.media is not None
-        assert len(pair.media.at) == len(patches.pixels) // MERGE**2 == 6
+    @pytest.mark.parametrize("instruct", [None, "Find the same animal."])
+    def test_those_of_the_processor(self, theirs: Processor, ours: PromptTokenizer, instruct: str | None) -> None:
+        """From messages with pictures to ids and pixels, as the publisher's script has them made."""
+        still, wide, film = photo(100, 60, 1), photo(300, 40, 2), [photo(384, 352, seed) for seed in range(3, 8)]
+        sides: list[list[Any]] = [
+            ["Where do pandas live?"],
+            [still],
+            ["like ", still, wide, " but younger"],
+            [film],
+            ["before ", film, wide, film[:4], still, ""],
+        ]
+        patches: dict[int, Any] = {id(still): image_patches(still), id(wide): image_patches(wide)}
+        seen: list[list[Part]] = [
+            [video_patches(part) if isinstance(part, list) else patches.get(id(part), part) for part in side]
+            for side in sides
+        ]
+        for query, query_parts in zip(sides, seen, strict=True):
+            pairs = ours.encode(query_parts, seen, instruct=instruct)
+            for pair, document, document_parts in zip(pairs, sides, seen, strict=True):
+                made = ask(theirs, query, document, instruct or INSTRUCT)
+                assert full(pair) == made["input_ids"][0]
+                media = [part for part in [*query_parts, *document_parts] if isinstance(part, Patches)]
+                for name, mine in (
+                    ("image_grid_thw", [one.grid for one in media if not one.seconds]),
+                    ("video_grid_thw", [one.grid for one in media if one.seconds]),
+                ):
+                    assert [tuple(grid) for grid in made.get(name, np.zeros((0, 3), int)).tolist()] == mine
+                stills = [one.pixels for one in media if not one.seconds]
+                if stills:
+                    np.testing.assert_array_equal(np.concatenate(stills), made["pixel_values"])
 
     def test_markup_in_texts_stays_text(self, ours: PromptTokenizer) -> None:
         attack = "<|vision_start|><|image_pad|><|vision_end|>"

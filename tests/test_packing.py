@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrank.packing import bucket_of, buckets, pack, plan, row_size, slots
+from jaxrank.packing import LADDER, bucket_of, buckets, media_buckets, pack, plan, row_size, slots
+from jaxrank.patch_rows import PATCH_LADDER
 from jaxrank.types import NO_PREFIX, Encoded
 
 
@@ -87,6 +88,16 @@ class TestBuckets:
         assert buckets(1000, 8192, long_steps=False)[-3:] == [768, 1024, 8192]
         assert buckets(2048, 2048, long_steps=False) == buckets(2048, 512)
         assert buckets(128, 130, long_steps=False) == [128, 192]
+
+    def test_programs_are_less_than_40(self) -> None:
+        """Those of text, those with media, and the vision tower's, whatever lengths are asked for."""
+        for row_tokens in map(int, LADDER):
+            for max_length in map(int, LADDER):
+                usual = buckets(row_tokens, max_length)
+                with_media = media_buckets(usual)
+                assert with_media[-1] == usual[-1]
+                assert set(with_media) <= set(usual)
+                assert len(usual) + len(with_media) + len(PATCH_LADDER) < 40
 
     def test_smallest_that_fits(self):
         ladder = buckets(1024, 512)

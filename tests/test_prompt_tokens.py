@@ -12,6 +12,7 @@ from benchmarks.publisher import Script
 from jaxrank.errors import RequestError, TooLongError
 from jaxrank.prompt_tokens import PromptTokenizer
 from jaxrank.prompts import load_prompt
+from jaxrank.tokens import Cut, written
 from jaxrank.types import Encoded
 from tests.checkpoints import TEXT, make_qwen_tokenizer
 
@@ -111,6 +112,53 @@ class TestTruncation:
             assert full(pair) == script.ids("q", documents[0])
             assert pair.dropped
         assert len(pairs[2]) <= 8192
+
+    @pytest.mark.parametrize("keep_end", [False, True])
+    def test_most_tokens_of_query_and_document(self, folder: Path, keep_end: bool) -> None:
+        """As vLLM's max_tokens_per_query and max_tokens_per_doc: texts are cut before they are put into the prompt."""
+        script, ours = Script(folder), official(folder)
+        query, document = "What is the capital? " * 9, " ".join(TEXT[:3])
+
+        def short(text: str, most: int) -> str:
+            places = ours.tokenizer.encode(text, add_special_tokens=False).offsets
+            return text[places[-most][0] :] if keep_end else text[: places[most - 1][1]]
+
+        whole = len(ours.encode(query, [document])[0])
+        for most_query, most_document in ((10, None), (None, 7), (10, 7), (10**6, 10**6)):
+            cut = Cut(query=most_query, document=most_document, keep_end=keep_end)
+            (pair,) = ours.encode(query, [document], cut=cut, truncate=False)
+            asked = short(query, most_query) if most_query == 10 else query
+            answered = short(document, most_document) if most_document == 7 else document
+            assert full(pair) == script.ids(asked, answered)
+            assert pair.dropped == whole - len(pair)
+        assert full(ours.encode(query, [document], cut=Cut(query=0, document=0))[0]) == script.ids("", "")
+
+    def test_a_smaller_limit(self, folder: Path) -> None:
+        script, long = Script(folder, 400), " ".join(TEXT) * 40
+        (pair,) = official(folder).encode("q", [long], cut=Cut(pair=400))
+        assert full(pair) == script.ids("q", long)
+        with pytest.raises(TooLongError, match="maximum context length is 400 tokens") as refused:
+            official(folder).encode("q", [long], cut=Cut(pair=400), truncate=False)
+        assert (refused.value.limit, refused.value.tokens or 0) > (400, 1000)
+        with pytest.raises(RequestError, match=r"a pair is to have 30 tokens at most; this model needs at least \d+"):
+            official(folder).encode("q", ["d"], cut=Cut(pair=30))
+
+    @pytest.mark.parametrize("sizes", [(5, 3000), (3000, 5), (3000, 3000), (5, 60_000)])
+    def test_the_end_may_stay(self, folder: Path, sizes: tuple[int, int]) -> None:
+        """Frame and the end of the document stay, then the end of the query."""
+        ours = official(folder, 400)
+        query, document = (" ".join(f"{side}{i}" for i in range(size)) for side, size in zip("qd", sizes, strict=True))
+        (pair,) = ours.encode(query, [document], cut=Cut(keep_end=True))
+        text = written(ours.tokenizer, ours.special, full(pair))
+        (start,) = official(folder).encode("", [""])
+        frame = written(ours.tokenizer, ours.special, full(start))
+        assert len(pair) == 400
+        assert text.startswith(frame[:100])
+        end = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        assert text.endswith(document[-20:] + end if sizes[1] > sizes[0] else end)
+        if sizes[0] == 3000:
+            assert query[-20:] in text
+            assert "q10 " not in text
 
     def test_refused(self, folder: Path) -> None:
         with pytest.raises(TooLongError, match=r"maximum context length is 400 tokens, but documents\[1\] with its"):

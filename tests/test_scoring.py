@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -128,10 +130,10 @@ events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.split("/")[-1]]))
 jax.numpy.zeros(3)  # a program that used JAX before is no reason for the cache to stay off
 from jaxrank import Reranker
-reranker = Reranker.from_pretrained(
-    sys.argv[1], dtype="float32", max_length=64, row_tokens=192, compile_cache=sys.argv[2]
-)
 events.clear()
+reranker = Reranker.from_pretrained(
+    sys.argv[1], dtype="float32", max_length=64, row_tokens=192, compile_cache=sys.argv[2], **json.loads(sys.argv[3])
+)
 reranker.warm_up()
 logits = reranker.score("what is panda?", ["hi", "a bear"], raw=True)
 asked, hits, misses = (events[name] for name in ("compile_requests_use_cache", "cache_hits", "cache_misses"))
@@ -140,13 +142,19 @@ print(json.dumps(dict(asked=asked, hits=hits, misses=misses, late=late, logits=l
 """
 
 
-def start(folder: Path, cache: Path) -> dict[str, Any]:
-    """Load, warm up and score in a process of its own; what JAX counted."""
-    command = [sys.executable, "-c", START, str(folder), str(cache)]
+def run(*arguments: Any) -> str:
+    """What Python prints in a process of its own, with four devices."""
     environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return result.stdout
+
+
+def start(folder: Path, cache: Path, **settings: Any) -> dict[str, Any]:
+    """Load, warm up and score in a process of its own; what JAX counted."""
+    return json.loads(run("-c", START, folder, cache, json.dumps(settings)))
 
 
 def test_a_second_start_compiles_nothing(folder: Path, tmp_path: Path) -> None:
@@ -162,6 +170,28 @@ def test_a_second_start_compiles_nothing(folder: Path, tmp_path: Path) -> None:
     second = start(folder, cache)
     assert second == {**first, "hits": first["asked"], "misses": 0}
     assert sorted(path.name for path in cache.glob("*-cache")) == files
+
+
+@pytest.mark.parametrize("devices", [{}, {"data_parallel": 2, "tensor_parallel": 2}], ids=["one device", "four"])
+def test_what_jaxrank_compile_leaves_is_what_a_start_looks_for(
+    folder: Path, tmp_path: Path, devices: dict[str, int]
+) -> None:
+    """The command compiles from shapes alone, from a folder without weights; not a program is missing then."""
+    bare = tmp_path / "without weights"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = [f"--{name.replace('_', '-')}={count}" for name, count in devices.items()]
+    line = f"-m jaxrank compile --dtype float32 --max-model-len 64 --row-tokens 192 --compile-cache {tmp_path}/cache"
+    said = [run(*line.split(), *flags, bare) for _ in range(2)]
+    found = start(folder, tmp_path / "cache", **devices)
+    assert found["asked"] == found["hits"] >= 2
+    assert (found["misses"], found["late"]) == (0, 0)
+    where = "4 devices (cpu): 2 x the weights, each on 2" if devices else "1 device (cpu)"
+    assert [text.partition(", after ")[0] for text in said] == [
+        f"{found['asked']} programs compiled for {where}, 0 were there",
+        f"0 programs compiled for {where}, {found['asked']} were there",
+    ]
+    seconds = r"[\d.]+ s \(imports [\d.]+, checks [\d.]+, weights [\d.]+, programs [\d.]+\)\n"
+    assert re.fullmatch(seconds, said[1].partition(", after ")[2])
 
 
 class TestCacheFolder:

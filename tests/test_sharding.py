@@ -12,14 +12,15 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxrank import convert
+from jaxrank import Reranker, checkpoint, convert
 from jaxrank.errors import UnsupportedError
 from jaxrank.packing import pack
 from jaxrank.patch_rows import pack_patches
 from jaxrank.scoring import take_tower, whole, whole_tower
-from jaxrank.sharding import make_mesh, specs
+from jaxrank.sharding import choose_mesh, make_mesh, specs
 from jaxrank.types import Encoded, MediaTokens, Packed, Patches, PatchRow
-from tests.checkpoints import make_bge, make_qwen3, make_qwen3_vl
+from tests.checkpoints import TEXT, make_bge, make_qwen3, make_qwen3_vl
+from tests.media import photo
 
 TOKENS = 384
 SIZES: dict[str, Any] = dict(num_hidden_layers=3, num_attention_heads=8, hidden_size=64)
@@ -31,7 +32,7 @@ OTHERS = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "bge":
-        return make_bge(folder, tokenizer=False, **SIZES)
+        return make_bge(folder, **SIZES)
     if request.param == "qwen3":
         return make_qwen3(folder, num_key_value_heads=8, **SIZES)
     return make_vl(folder)
@@ -94,8 +95,9 @@ def test_logits_and_communication(folder: Path, group: int) -> None:
     want = np.stack([alone(state, jax.tree.map(lambda leaf, i=i: leaf[i], batch)) for i in range(8 // group)])
     assert want[:, :3].std() > 0.03, "logits that hardly differ would prove nothing: 3,000 times the tolerance"
     together, state = whole(load(folder), mesh)
-    assert np.abs(np.asarray(together(state, batch)) - want).max() <= 1e-5
-    compiled = together.lower(state, batch).compile().as_text()
+    program = together.lower(state, batch).compile()
+    assert np.abs(np.asarray(program(state, batch)) - want).max() <= 1e-5
+    compiled = program.as_text()
     sums = 2 * (2 + len(getattr(model, "adding", ()))) if group > 1 else 0
     assert compiled.count(" all-reduce(") == sums, "two in the scan's layer and in each outside, none without groups"
     assert not any(name in compiled for name in OTHERS)
@@ -108,8 +110,9 @@ def test_the_tower(tmp_path: Path, group: int) -> None:
     want = np.stack([alone(state, jax.tree.map(lambda leaf, i=i: leaf[i], batch)) for i in range(8 // group)])
     assert want[:, :3].std(1).mean() > 0.03, "tokens that hardly differ would prove nothing: 3,000 times the tolerance"
     together, state = whole_tower(convert.load(folder, dtype="float32").vision, mesh)
-    assert np.abs(np.asarray(together(state, batch)) - want).max() <= 1e-5
-    compiled = together.lower(state, batch).compile().as_text()
+    program = together.lower(state, batch).compile()
+    assert np.abs(np.asarray(program(state, batch)) - want).max() <= 1e-5
+    compiled = program.as_text()
     sums = compiled.count(" all-reduce(")
     assert sums in ((5, 6) if group > 1 else (0,)), "two in each of two stages' scans, and the mergers' two, or as one"
     assert not any(name in compiled for name in OTHERS)
@@ -138,3 +141,77 @@ def test_heads_that_cannot_be_shared(tmp_path: Path) -> None:
 def test_devices_that_cannot_be_grouped() -> None:
     with pytest.raises(UnsupportedError, match="8 devices cannot be split into groups of 3; choose a divisor"):
         make_mesh(jax.devices(), 3)
+
+
+DOCUMENTS = [f"{text} {'panda ' * n}" for n, text in enumerate(TEXT * 6)]
+
+
+@pytest.mark.parametrize("family, copies, share", [("bge", 8, 1), ("qwen3_vl", 2, 4)])
+def test_scores(tmp_path: Path, family: str, copies: int, share: int) -> None:
+    """From files to scores, media included: rows are shared out among copies, and each device gets its part alone."""
+    folder = place = make_vl(tmp_path) if family == "qwen3_vl" else make_bge(tmp_path / "published", **SIZES)
+    if family == "bge":
+        place = tmp_path / "converted"
+        convert.convert(folder, place, progress=False)
+    settings: Any = dict(dtype="float32", row_tokens=256, max_length=400, compile_cache=None)
+    alone = Reranker.from_pretrained(folder, **settings)
+    together = Reranker.from_pretrained(place, data_parallel=copies, tensor_parallel=share, **settings)
+    assert alone.devices == "1 device (cpu)"
+    assert together.devices == f"8 devices (cpu): {copies} x the weights, each on {share}"
+    documents: list[Any] = [*DOCUMENTS]
+    if alone.tower is not None:
+        documents[3:3] = [photo(64 + 32 * i, 96, i) for i in range(5)]
+    want = alone.score("Where do pandas live?", documents, raw=True, progress=False)
+    assert want.std() > 0.03
+    for some in (documents, documents[:5], documents[:1]):
+        got = together.score("Where do pandas live?", some, raw=True, progress=False)
+        assert np.abs(got - want[: len(some)]).max() <= 1e-5
+
+
+class Device:
+    """One with so many bytes of memory."""
+
+    platform = device_kind = "toy"
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": self.memory}
+
+
+class TestChoice:
+    def choose(self, folder: Path, memory: float, **asked: int) -> tuple[int, int]:
+        """Copies, and devices to a copy, with eight devices of so many times the weights' memory."""
+        outline = checkpoint.outline(checkpoint.read_config(folder), "float32")
+        size = sum(value.size * value.dtype.itemsize for value in checkpoint.parameters(outline).values())
+        mesh = choose_mesh(
+            outline, [Device(int(size * memory)) for _ in range(8)], asked.get("data"), asked.get("tensor")
+        )
+        return (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["model"])
+
+    def test_as_few_as_hold_it(self, tmp_path: Path) -> None:
+        """The embedding, a tenth of the weights here, is on every device."""
+        folder = make_qwen3(tmp_path, num_key_value_heads=8, vocab_size=300, **SIZES)
+        assert self.choose(folder, 1.4) == (8, 1)
+        assert self.choose(folder, 1.2) == (4, 2)
+        assert self.choose(folder, 0.6) == (2, 4)
+        assert self.choose(folder, 1.4, data=1) == (1, 1)
+        assert self.choose(folder, 1.2, data=1) == (1, 2)
+        assert self.choose(folder, 9.0, tensor=2) == (4, 2)
+        assert self.choose(folder, 9.0, data=2, tensor=2) == (2, 2)
+        with pytest.raises(UnsupportedError, match=r"GB on each of 8 devices, .* take more or larger devices"):
+            self.choose(folder, 0.1)
+        with pytest.raises(
+            UnsupportedError, match="4 copies of the weights, each on 4 devices, are asked for; there are 8 devices"
+        ):
+            self.choose(folder, 9.0, data=4, tensor=4)
+        with pytest.raises(UnsupportedError, match="there are 8"):
+            self.choose(folder, 9.0, tensor=0)
+
+    def test_heads_rule_some_out(self, tmp_path: Path) -> None:
+        folder = make_qwen3(tmp_path, num_key_value_heads=2, vocab_size=300, **SIZES)
+        with pytest.raises(UnsupportedError, match="the model has 2 heads"):
+            self.choose(folder, 0.3)
+        with pytest.raises(UnsupportedError, match="2 heads or ffn columns, which 4 devices cannot share"):
+            self.choose(folder, 9.0, tensor=4)

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxrank.errors import CheckpointError, RequestError, TooLongError
-from jaxrank.tokens import PairTokenizer
+from jaxrank.tokens import Cut, PairTokenizer, tokens_of, written
 from tests.checkpoints import TEXT, make_tokenizer
 
 LIMIT = 64
@@ -96,6 +96,78 @@ class TestPairs:
         with pytest.raises(TooLongError, match=r"maximum context length is 64 tokens, but documents\[1\]"):
             tokenizer.encode("q", [short, long], truncate=False)
         assert len(tokenizer.encode("q", [short], truncate=False)) == 1
+
+
+class TestCut:
+    """What a request asks to be left out, by hand from the ids of the whole texts."""
+
+    QUERY = "Where do giant pandas live in the wild today?"
+
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            Cut(),
+            Cut(keep_end=True),
+            Cut(query=3),
+            Cut(query=3, keep_end=True),
+            Cut(document=5),
+            Cut(document=5, keep_end=True),
+            Cut(query=2, document=0),
+            Cut(query=10**6, document=10**6),
+            Cut(pair=20),
+            Cut(pair=20, query=4, document=7, keep_end=True),
+            Cut(pair=10**6),
+        ],
+        ids=str,
+    )
+    def test_by_hand(self, tokenizer, cut):
+        def kept(ids, most):
+            return (
+                ids if most is None or len(ids) <= most else (ids[-most:] if cut.keep_end else ids[:most]) * bool(most)
+            )
+
+        limit = min(cut.pair or LIMIT, LIMIT)
+        query = self.ids(tokenizer, self.QUERY)
+        documents = ["short", " ".join(TEXT[:3]), "panda " * 30_000, "x" * 200_000 + " the end of it all"]
+        for text, pair in zip(documents, tokenizer.encode(self.QUERY, documents, cut=cut), strict=True):
+            whole = self.ids(tokenizer, text)
+            head = kept(kept(query, cut.query), limit * 3 // 4)
+            tail = kept(kept(whole, cut.document), limit - 4 - len(head))
+            assert pair.tokens.tolist() == [0, *head, 2, 2, *tail, 2]
+            if len(whole) < 500:
+                assert pair.dropped == len(query) - len(head) + len(whole) - len(tail)
+            else:
+                assert pair.dropped > 0
+
+    @staticmethod
+    def ids(tokenizer, text):
+        return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def test_what_was_asked_for_is_not_too_long(self, tokenizer):
+        long = "panda " * 100
+        assert tokenizer.encode("q", [long], truncate=False, cut=Cut(document=5))[0].dropped
+        with pytest.raises(TooLongError, match="maximum context length is 20 tokens") as refused:
+            tokenizer.encode("q", [long], truncate=False, cut=Cut(pair=20))
+        assert (refused.value.limit, refused.value.tokens or 0) > (20, 100)
+        with pytest.raises(RequestError, match="a pair is to have 7 tokens at most; this model needs at least 8"):
+            tokenizer.encode("q", ["d"], cut=Cut(pair=7))
+
+
+class TestShown:
+    def test_a_pair_as_text(self, tokenizer):
+        (pair,) = tokenizer.encode("where? <s>", ["pandas in China"])
+        shown = written(tokenizer.tokenizer, tokenizer.special, pair.tokens.tolist())
+        assert shown == "<s>where? <s></s></s>pandas in China</s>"
+
+    def test_tokens_of_a_text(self, tokenizer):
+        text = "Pandas live in China. "
+        tokens = tokens_of(tokenizer.tokenizer, text)
+        assert [token.id for token in tokens] == TestCut.ids(tokenizer, text)
+        words = [(t.text.lstrip("▁"), text[t.start : t.stop].strip()) for t in tokens if t.text != "▁"]
+        assert len(words) > 4
+        assert all(shown == stands_for for shown, stands_for in words)
+        with pytest.raises(RequestError, match="lone surrogate"):
+            tokens_of(tokenizer.tokenizer, "\ud800")
 
 
 class TestBadTexts:

@@ -115,7 +115,7 @@ def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, grou
             # not below FLOOR: a row that sees nothing here would count every key as 1
             most = jnp.broadcast_to(scores.max(1, keepdims=True), (len(query), LANES))
             most = jnp.maximum(FLOOR if first else highest[head], most)
-            weights = jnp.exp2(scores - jnp.tile(most, (1, pl.cdiv(width, LANES)))[:, :width])
+            weights = jnp.exp2(scores - jnp.tile(most, (1, width // LANES)))
             weighed = jnp.broadcast_to(weights.sum(1, keepdims=True), (len(query), LANES))
             drawn = lax.dot_general(
                 weights.astype(v.dtype),

@@ -21,12 +21,20 @@ from jaxtyping import Array, Float, Float32
 from jaxrank.errors import UnsupportedError
 from jaxrank.kernels import attention, norm_rotary, operand_dtype
 from jaxrank.kernels.rotary import Rotary, rotary
-from jaxrank.models.layers import einsum, in_runs, refuse, run_layers, save_memory, table_rows, weight
+from jaxrank.models.layers import (
+    add_by_heads,
+    add_drawn,
+    einsum,
+    in_runs,
+    refuse,
+    run_layers,
+    some_heads,
+    table_rows,
+    weight,
+)
+from jaxrank.models.quantized import Matrix
 from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike, Config, Layout, Packed
-
-KV_GROUP = 4
-"""Key/value heads that are computed together, with their query heads, in a long row."""
 
 PUBLISHED_LENGTH = 8192
 """The publisher's own longest prompt, in tokens. The models' position limit is far above."""
@@ -113,12 +121,12 @@ class Attention(nnx.Module):
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         wide, size = config.width, config.head_size
         self.norm = RMSNorm(wide, config.eps)
-        self.query = weight(rngs, (wide, config.heads, size), dtype, shard=-2)
-        self.key = weight(rngs, (wide, config.kv_heads, size), dtype, shard=-2)
-        self.value = weight(rngs, (wide, config.kv_heads, size), dtype, shard=-2)
+        self.query = weight(rngs, (wide, config.heads, size), dtype, shard=-2, scale_over=(-3,))
+        self.key = weight(rngs, (wide, config.kv_heads, size), dtype, shard=-2, scale_over=(-3,))
+        self.value = weight(rngs, (wide, config.kv_heads, size), dtype, shard=-2, scale_over=(-3,))
         self.query_norm = RMSNorm(size, config.eps)
         self.key_norm = RMSNorm(size, config.eps)
-        self.out = weight(rngs, (config.heads, size, wide), dtype, shard=-3)
+        self.out = weight(rngs, (config.heads, size, wide), dtype, shard=-3, scale_over=(-3, -2))
         self.scale = size**-0.5
         self.implementation = implementation
 
@@ -133,11 +141,10 @@ class Attention(nnx.Module):
         """x plus what its rows draw from `row`, in a long row a few heads at a time."""
         kv_heads = self.key.shape[1]
         grouped = self.query.shape[1] // kv_heads
-        group = KV_GROUP if save_memory(len(row), self.implementation) and kv_heads % KV_GROUP == 0 else kv_heads
         dtype = self.out.dtype
         asking = x
 
-        def project(kernel: Array, y: Array, norm: RMSNorm | None, by: Rotary | None) -> Float[Array, "R heads H"]:
+        def project(kernel: Matrix, y: Array, norm: RMSNorm | None, by: Rotary | None) -> Float[Array, "R heads H"]:
             empty = jnp.zeros((len(y), *kernel.shape[1:]), operand_dtype(dtype, self.implementation))
 
             def some(_: Array, y: Array, *angles: Array) -> Array:
@@ -155,24 +162,15 @@ class Attention(nnx.Module):
 
             return in_runs(some, empty, y, *(by or ()), used=layout.used, implementation=self.implementation)
 
-        def add_heads(i: Array | int, x: Array) -> Array:
-            def part(kernel: nnx.Param, axis: int, count: int) -> Array:
-                return jax.lax.dynamic_slice_in_dim(kernel[...], i * count, count, axis)
-
-            q = project(part(self.query, 1, group * grouped), asking, self.query_norm, query_rotary)
-            k = project(part(self.key, 1, group), row, self.key_norm, key_rotary)
-            v = project(part(self.value, 1, group), row, None, None)
+        def add_heads(i: Array | int, group: int, x: Array) -> Array:
+            q = project(some_heads(self.query, i, group * grouped, 1), asking, self.query_norm, query_rotary)
+            k = project(some_heads(self.key, i, group, 1), row, self.key_norm, key_rotary)
+            v = project(some_heads(self.value, i, group, 1), row, None, None)
             drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
-            out = part(self.out, 0, group * grouped)
-            return in_runs(
-                lambda x, y: x + sum_over_shards(einsum("TNH,NHD->TD", y.astype(dtype), out)),
-                x,
-                drawn,
-                used=layout.used,
-                implementation=self.implementation,
-            )
+            out = some_heads(self.out, i, group * grouped, 0)
+            return add_drawn(x, drawn, out, used=layout.used, implementation=self.implementation)
 
-        return add_heads(0, x) if group == kv_heads else jax.lax.fori_loop(0, kv_heads // group, add_heads, x)
+        return add_by_heads(add_heads, x, kv_heads, len(row), self.implementation)
 
 
 class FeedForward(nnx.Module):
@@ -180,9 +178,9 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None):
         self.norm = RMSNorm(config.width, config.eps)
-        self.gate = weight(rngs, (config.width, config.ffn), dtype, shard=-1)
-        self.up = weight(rngs, (config.width, config.ffn), dtype, shard=-1)
-        self.down = weight(rngs, (config.ffn, config.width), dtype, shard=-2)
+        self.gate = weight(rngs, (config.width, config.ffn), dtype, shard=-1, scale_over=(-2,))
+        self.up = weight(rngs, (config.width, config.ffn), dtype, shard=-1, scale_over=(-2,))
+        self.down = weight(rngs, (config.ffn, config.width), dtype, shard=-2, scale_over=(-2,))
 
     def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
         y = self.norm(x).astype(self.gate.dtype)
@@ -226,7 +224,7 @@ class Qwen3(nnx.Module):
     ):
         self.config = config
         self.implementation = implementation
-        self.word = weight(rngs, (config.vocab_size, config.width), dtype)
+        self.word = weight(rngs, (config.vocab_size, config.width), dtype, scale_over=(-1,))
         self.layers = nnx.List([Layer(config, dtype, rngs, implementation) for _ in range(config.layers - 1)])
         self.last = Layer(config, dtype, rngs, implementation)
         self.norm = RMSNorm(config.width, config.eps)

@@ -103,7 +103,7 @@ class Qwen3VL(nnx.Module):
         self.config = config
         self.implementation = implementation
         self.vision = Vision(config.vision, dtype=dtype, rngs=rngs, implementation=implementation)
-        self.word = weight(rngs, (text.vocab_size, text.width), dtype)
+        self.word = weight(rngs, (text.vocab_size, text.width), dtype, scale_over=(-1,))
         self.adding = nnx.List([Layer(text, dtype, rngs, implementation) for _ in range(adding)])
         self.layers = nnx.List([Layer(text, dtype, rngs, implementation) for _ in range(text.layers - 1 - adding)])
         self.last = Layer(text, dtype, rngs, implementation)

@@ -25,23 +25,21 @@ from jaxrank.kernels.rotary import Rotary, grid_rotary, turn
 from jaxrank.models.layers import (
     LayerNorm,
     Projection,
+    add_by_heads,
+    add_drawn,
     einsum,
     gelu,
     in_runs,
     refuse,
     run_layers,
-    save_memory,
+    some_heads,
     table_rows,
     weight,
 )
-from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike, Config, Layout, PatchRow
 
 EPS = 1e-6
 """Of every norm of the tower; config.json does not say it."""
-
-HEAD_GROUP = 4
-"""Heads that are computed together in a long row."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,11 @@ class VisionConfig:
     def values(self) -> int:
         """E, the values of a patch: channels, frames, rows, columns."""
         return self.channels * self.steps * self.patch**2
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """The first layer of each stage, and the one after its last: features are taken where a stage ends."""
+        return list(pairwise([0, *(i + 1 for i in self.deepstack), self.layers]))
 
     @property
     def features(self) -> int:
@@ -127,11 +130,10 @@ class Attention(nnx.Module):
     def __call__(self, x: Float32[Array, "P D"], layout: Layout, rotary: Rotary) -> Float32[Array, "P D"]:
         """x plus what its rows draw from each other, in a long row a few heads at a time."""
         _, _, heads, size = self.kernel.shape
-        group = HEAD_GROUP if save_memory(len(x), self.implementation) and heads % HEAD_GROUP == 0 else heads
         dtype = self.out.kernel.dtype
         asking = x
 
-        def add_heads(i: Array | int, x: Array) -> Array:
+        def add_heads(i: Array | int, group: int, x: Array) -> Array:
             def project(which: int) -> Float[Array, "P group H"]:
                 kernel = jax.lax.dynamic_slice_in_dim(self.kernel[...][:, which], i * group, group, 1)
                 bias = jax.lax.dynamic_slice_in_dim(self.bias[...][which], i * group, group, 0)
@@ -146,17 +148,10 @@ class Attention(nnx.Module):
 
             q, k, v = (project(which) for which in range(3))
             drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
-            kernel = jax.lax.dynamic_slice_in_dim(self.out.kernel[...], i * group, group, 0)
-            return in_runs(
-                lambda x, y: x + sum_over_shards(einsum(self.out.spec, y.astype(dtype), kernel)),
-                x,
-                drawn,
-                used=layout.used,
-                implementation=self.implementation,
-            )
+            out = some_heads(self.out.kernel, i, group, 0)
+            return add_drawn(x, drawn, out, used=layout.used, implementation=self.implementation)
 
-        x = add_heads(0, x) if group == heads else jax.lax.fori_loop(0, heads // group, add_heads, x)
-        return x + self.out.bias[...]
+        return add_by_heads(add_heads, x, heads, len(x), self.implementation) + self.out.bias[...]
 
 
 class Layer(nnx.Module):
@@ -231,11 +226,10 @@ class Vision(nnx.Module):
         self.implementation = implementation
         self.patch = Projection("PE,DE->PD", (config.width, config.values), (config.width,), dtype, rngs)
         self.position = weight(rngs, (config.side**2, config.width), dtype)
-        ends = [0, *(i + 1 for i in config.deepstack), config.layers]
         self.stages = nnx.List(
             [
                 nnx.List([Layer(config, dtype, rngs, implementation) for _ in range(start, end)])
-                for start, end in pairwise(ends)
+                for start, end in config.stages
             ]
         )
         self.mergers = nnx.List(

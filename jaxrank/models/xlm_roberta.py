@@ -19,20 +19,18 @@ from jaxrank.kernels import attention, operand_dtype
 from jaxrank.models.layers import (
     LayerNorm,
     Projection,
+    add_by_heads,
+    add_drawn,
     einsum,
     gelu,
     in_runs,
     refuse,
     run_layers,
-    save_memory,
+    some_heads,
     table_rows,
     weight,
 )
-from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike, Config, Layout, Packed
-
-HEAD_GROUP = 4
-"""Heads that are computed together in a long row."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +88,22 @@ class Attention(nnx.Module):
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         wide, heads, size = config.width, config.heads, config.width // config.heads
         self.query, self.key, self.value = (
-            Projection("TD,DNH->TNH", (wide, heads, size), (heads, size), dtype, rngs, shard="N") for _ in range(3)
+            Projection("TD,DNH->TNH", (wide, heads, size), (heads, size), dtype, rngs, shard="N", quantizes=True)
+            for _ in range(3)
         )
-        self.out = Projection("TNH,NHD->TD", (heads, size, wide), (wide,), dtype, rngs, shard="N")
+        self.out = Projection("TNH,NHD->TD", (heads, size, wide), (wide,), dtype, rngs, shard="N", quantizes=True)
         self.scale = size**-0.5
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "R D"], row: Float[Array, "T D"], layout: Layout) -> Float32[Array, "R D"]:
         """x plus what its rows draw from `row`, in a long row a few heads at a time."""
         heads, size = self.query.bias.shape
-        group = HEAD_GROUP if save_memory(len(row), self.implementation) and heads % HEAD_GROUP == 0 else heads
         dtype = self.out.kernel.dtype
         asking = x
 
-        def add_heads(i: Array | int, x: Array) -> Array:
+        def add_heads(i: Array | int, group: int, x: Array) -> Array:
             def project(by: Projection, y: Array) -> Float[Array, "R group H"]:
-                kernel = jax.lax.dynamic_slice_in_dim(by.kernel[...], i * group, group, 1)
-                bias = jax.lax.dynamic_slice_in_dim(by.bias[...], i * group, group, 0)
+                kernel, bias = some_heads(by.kernel, i, group, 1), some_heads(by.bias, i, group, 0)
                 empty = jnp.zeros((len(y), group, size), operand_dtype(dtype, self.implementation))
                 return in_runs(
                     lambda _, y: (einsum(by.spec, y.astype(dtype), kernel) + bias).astype(empty.dtype),
@@ -118,17 +115,10 @@ class Attention(nnx.Module):
 
             q, k, v = project(self.query, asking), project(self.key, row), project(self.value, row)
             drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
-            kernel = jax.lax.dynamic_slice_in_dim(self.out.kernel[...], i * group, group, 0)
-            return in_runs(
-                lambda x, y: x + sum_over_shards(einsum(self.out.spec, y.astype(dtype), kernel)),
-                x,
-                drawn,
-                used=layout.used,
-                implementation=self.implementation,
-            )
+            out = some_heads(self.out.kernel, i, group, 0)
+            return add_drawn(x, drawn, out, used=layout.used, implementation=self.implementation)
 
-        x = add_heads(0, x) if group == heads else jax.lax.fori_loop(0, heads // group, add_heads, x)
-        return x + self.out.bias[...]
+        return add_by_heads(add_heads, x, heads, len(row), self.implementation) + self.out.bias[...]
 
 
 class Layer(nnx.Module):
@@ -137,8 +127,12 @@ class Layer(nnx.Module):
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
         self.attention_norm = LayerNorm(config.width, config.eps)
-        self.up = Projection("TD,DF->TF", (config.width, config.ffn), (config.ffn,), dtype, rngs, shard="F")
-        self.down = Projection("TF,FD->TD", (config.ffn, config.width), (config.width,), dtype, rngs, shard="F")
+        self.up = Projection(
+            "TD,DF->TF", (config.width, config.ffn), (config.ffn,), dtype, rngs, shard="F", quantizes=True
+        )
+        self.down = Projection(
+            "TF,FD->TD", (config.ffn, config.width), (config.width,), dtype, rngs, shard="F", quantizes=True
+        )
         self.norm = LayerNorm(config.width, config.eps)
         self.implementation = implementation
 
@@ -170,7 +164,7 @@ class XLMRoberta(nnx.Module):
     ):
         self.config = config
         self.implementation = implementation
-        self.word = weight(rngs, (config.vocab_size, config.width), dtype)
+        self.word = weight(rngs, (config.vocab_size, config.width), dtype, scale_over=(-1,))
         self.position = weight(rngs, (config.position_rows, config.width), dtype)
         self.token_type = weight(rngs, (config.width,), jnp.float32)
         self.embedding_norm = LayerNorm(config.width, config.eps)

@@ -230,10 +230,10 @@ def test_find_downloads_no_more_than_needed(monkeypatch, tmp_path):
     assert convert.find("some/model", "v1") == tmp_path
     assert not any(".bin" in pattern for pattern in asked[0][2])
     assert asked[0][:2] == ("some/model", "v1")
-    convert.find("some/model", allow_torch=True)
+    convert.find("some/model", formats=convert.FORMATS)
     assert "pytorch_model*.bin" in asked[2][2]
     (tmp_path / "model.safetensors").touch()
-    convert.find("some/model", allow_torch=True)
+    convert.find("some/model", formats=convert.FORMATS)
     assert len(asked) == 4
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(CheckpointError, match="could not be fetched: offline"):

@@ -12,6 +12,8 @@ MEASURE = """
 import sys, jax
 from pathlib import Path
 from jaxrank import checkpoint, convert
+from jaxrank.sharding import make_mesh
+jax.config.update("jax_num_cpu_devices", 8)
 jax.block_until_ready(jax.device_put(0.0))
 
 def peak():
@@ -23,10 +25,17 @@ if action == "convert":
 before = peak()
 if action == "load":
     model = convert.load(folder, dtype=dtype)
+elif action == "round":
+    model = convert.load(folder, dtype=dtype, quantization="int8")
 elif action == "convert":
     convert.convert(folder, folder / dtype, dtype=dtype, progress=False)
+elif action.startswith("restore") and action != "restore over a mesh":
+    model = checkpoint.load(folder / dtype, dtype="bfloat16", quantization="int8" if action == "restore int8" else None)
 else:
-    model = checkpoint.load(folder / dtype, dtype="bfloat16")
+    prepare = checkpoint.prepare if action == "restore over a mesh" else convert.prepare
+    folder = folder / dtype if action == "restore over a mesh" else folder
+    # two copies, each over four devices: here, in host memory, both are one
+    model = prepare(folder, dtype="bfloat16")(make_mesh(jax.devices(), 4), stacked=True)
 print(peak() - before)
 """
 PARAMETERS = 60_000 * 768 + 514 * 768 + 4 * (4 * 768 * 768 + 2 * 768 * 3072)
@@ -63,5 +72,9 @@ def test_peak_memory(source):
         "convert float32": (measure("convert", source, "float32"), wide),
         "restore bfloat16": (measure("restore", source, "bfloat16"), narrow),
         "restore float32 as bfloat16": (measure("restore", source, "float32"), narrow),
+        "load int8": (measure("round", source, "bfloat16"), PARAMETERS),
+        "restore float32 as int8": (measure("restore int8", source, "float32"), PARAMETERS),
+        "load over a mesh": (measure("load over a mesh", source, "bfloat16"), narrow),
+        "restore over a mesh": (measure("restore over a mesh", source, "bfloat16"), narrow),
     }
     assert not {what: peak for what, peak in peaks.items() if not peak[1] <= peak[0] <= peak[1] + SPARE}

@@ -7,6 +7,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from jaxrank.kernels import IMPLEMENTATIONS, attention, gpu, make_layout, tpu
 from jaxrank.kernels.grid import FIRST, LAST, make_grid
@@ -120,6 +121,16 @@ class TestAttention:
         got = run(bad_q, bad_k, v.at[160:].set(1e30), spans, implementation)
         np.testing.assert_array_equal(got[:160], want[:160])
         np.testing.assert_array_equal(got[160:], 0)
+
+
+def test_what_an_interpreted_kernel_leaves_unwritten_is_nan():
+    """So that the tests above fail where a kernel forgets a row."""
+
+    def write_half(x, out):
+        out[:4] = x[:4]
+
+    written = pl.pallas_call(write_half, out_shape=jax.ShapeDtypeStruct((8, 128), "float32"), interpret=True)
+    np.testing.assert_array_equal(np.isnan(written(jnp.ones((8, 128)))[:, 0]), [False] * 4 + [True] * 4)
 
 
 class TestLayout:

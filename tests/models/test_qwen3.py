@@ -27,7 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "3 layers, untied": dict(num_hidden_layers=3, tie_word_embeddings=False),
     "no grouping": dict(num_hidden_layers=2, num_key_value_heads=4),
     "one key/value head": dict(num_hidden_layers=2, num_key_value_heads=1, head_dim=32),
-    "0.6B's shape": dict(num_hidden_layers=28, **WIDE),
+    "0.6B's widths, a third of its layers": dict(num_hidden_layers=10, **WIDE),
 }
 
 

@@ -93,9 +93,16 @@ def join(*prompts: Prompt) -> Prompt:
 class Ours:
     """The model of a folder, its tower apart, and rows with media put together by hand."""
 
-    def __init__(self, folder: Path, published: PublishedVL, dtype: str = "float32", whole: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        published: PublishedVL,
+        dtype: str = "float32",
+        whole: bool = False,
+        quantization: str | None = None,
+    ) -> None:
         self.published = published
-        model = convert.load(folder, dtype=dtype)
+        model = convert.load(folder, dtype=dtype, quantization=quantization)
         self.config: Qwen3VLConfig = model.config
         self.tower = take_tower(model)
         self.compile = (compile_whole if whole else compile_in_parts)(model)

@@ -1,0 +1,174 @@
+"""Parameters put together in host memory, each device's part by itself, from pieces of files.
+
+What is read goes straight into the memory of the devices' parts, so that a parameter is whole only where a device keeps
+all of it. Devices that keep the same part share its memory until they have it; on CPU they keep it so. Parameters of
+stacked layers are filled one place after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from tqdm import tqdm
+
+ALIGNMENT = 64
+"""At this alignment of host memory the CPU backend takes an array over instead of copying it."""
+
+READERS = 2
+"""Parameters that are read side by side, since most of the time goes into touching new memory."""
+
+Shape = tuple[int, ...]
+Result = TypeVar("Result")
+
+
+class Slot(NamedTuple):
+    """Where an entry of a file goes: a parameter, and for one of stacked layers the place on its leading axis."""
+
+    parameter: str
+    place: int | None = None
+
+
+def slot_of(path: str, parameters: Mapping[str, Any]) -> Slot:
+    """The slot of a path such as layers/3/norm/scale, in parameters whose layers are stacked or not."""
+    names = path.split("/")
+    numbers = [at for at, name in enumerate(names) if name.isdigit()]
+    if path not in parameters:
+        for at in reversed(numbers):  # the last one: of stages/0/3/up, layer 3 is stacked, the stage is not
+            if (stacked := "/".join(names[:at] + names[at + 1 :])) in parameters:
+                return Slot(stacked, int(names[at]))
+    return Slot(path)
+
+
+def by_parameter(paths: Iterable[str], parameters: Mapping[str, Any]) -> dict[str, dict[str, int | None]]:
+    """The paths that fill each parameter, with their places: the largest parameter first, since what a large one needs
+    for a moment is then not added to all the others."""
+    found: dict[str, dict[str, int | None]] = {}
+    for path in paths:
+        slot = slot_of(path, parameters)
+        found.setdefault(slot.parameter, {})[path] = slot.place
+    return dict(sorted(found.items(), key=lambda item: -math.prod(parameters[item[0]].shape)))
+
+
+class View:
+    """One part of a parameter, or of a place of it, as the tensor lies that fills it: axes flattened, then transposed
+    or not. Of the tensor's rows or columns the part has a few runs of one length.
+
+    shape: of the whole. cut: the part's range of each axis; at most one is not the whole axis.
+    """
+
+    def __init__(
+        self, memory: np.ndarray, shape: Shape, cut: list[range], flat: Callable[[Shape], Shape], transposed: bool
+    ) -> None:
+        whole, together = flat(shape), memory.reshape(flat(memory.shape))
+        self.array = np.atleast_1d(together.T if transposed else together)
+        self.axis, self.runs = 0, [(0, 0, len(self.array))]
+        for i, (size, mine) in enumerate(zip(shape, cut, strict=True)):
+            if len(mine) < size:
+                before = math.prod(shape[:i])
+                axis = next(a for a in range(len(whole)) if before < math.prod(whole[: a + 1]))
+                outer = before // math.prod(whole[:axis])
+                inner = whole[axis] // (outer * size)
+                self.axis = len(whole) - 1 - axis if transposed else axis
+                self.runs = [
+                    ((o * size + mine.start) * inner, o * len(mine) * inner, len(mine) * inner) for o in range(outer)
+                ]
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        """Take over what is the part's of consecutive rows of the tensor, from row `first` on."""
+        for theirs, ours, length in self.runs:
+            if self.axis == 0:
+                start, end = max(first, theirs), min(first + len(rows), theirs + length)
+                if start < end:
+                    self.array[ours + start - theirs : ours + end - theirs] = rows[start - first : end - first]
+            else:
+                skip = (slice(None),) * (self.axis - 1)
+                mine = self.array[first : first + len(rows)]
+                mine[:, *skip, ours : ours + length] = rows[:, *skip, theirs : theirs + length]
+
+
+class Building:
+    """A parameter that is being filled, for the default device or spread as `place` says."""
+
+    def __init__(self, shape: Shape, dtype: np.dtype, place: Sharding | None = None) -> None:
+        self.shape, self.place = shape, place
+        cuts: dict[Any, tuple[slice, ...]] = {None: (slice(None),) * len(shape)}
+        if place is not None:
+            cuts = {device: cut or () for device, cut in place.addressable_devices_indices_map(shape).items()}
+        self.devices: dict[Any, tuple[range, ...]] = {
+            device: tuple(range(*one.indices(size)) for one, size in zip(cut, shape, strict=True))
+            for device, cut in cuts.items()
+        }
+        self.parts = {cut: host_memory(tuple(map(len, cut)), dtype) for cut in set(self.devices.values())}
+
+    def views(
+        self, place: int | None, flat: Callable[[Shape], Shape] = lambda shape: shape, transposed: bool = False
+    ) -> list[View]:
+        """The parts as the tensor lies that fills the parameter, or that place of it."""
+        skip = 0 if place is None else 1
+        return [
+            # the dots make a view of one number too
+            View(memory if place is None else memory[place, ...], self.shape[skip:], list(cut[skip:]), flat, transposed)
+            for cut, memory in self.parts.items()
+        ]
+
+    def finish(self) -> jax.Array:
+        """The array on its devices. On CPU it IS the memory that was filled, so that must not be written again."""
+        for memory in self.parts.values():
+            memory.flags.writeable = False
+        arrays = [jax.device_put(self.parts[cut], device) for device, cut in self.devices.items()]
+        jax.block_until_ready(arrays)  # keeps copies for an accelerator from piling up
+        if self.place is None:
+            return arrays[0]
+        return jax.make_array_from_single_device_arrays(self.shape, self.place, arrays)
+
+
+class Progress:
+    """Bytes done and in all, told to `tell` by one thread at a time."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None] | None) -> None:
+        self.total, self.done, self.tell, self.lock = total, 0, tell, threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self.lock:
+            self.done += count
+            if self.tell:
+                self.tell(self.done, self.total)
+
+
+@contextlib.contextmanager
+def byte_bar(said: str, *, disable: bool | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with bytes and their rate, as what is to be told of bytes done and in all. disable: None shows it
+    on a terminal alone."""
+    with tqdm(desc=said, unit="B", unit_scale=True, disable=disable) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def in_threads(work: Callable[[str], Result], names: Iterable[str]) -> dict[str, Result]:
+    """work(name) for all names, READERS at a time; the first exception ends it."""
+    with ThreadPoolExecutor(READERS) as pool:
+        futures = {name: pool.submit(work, name) for name in names}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def host_memory(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Uninitialised contiguous memory that begins at a multiple of ALIGNMENT."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
