@@ -1,10 +1,9 @@
-"""The HTTP application: routes, keys, limits. create_app takes its whole world as arguments."""
+"""The HTTP application: its routes, and how they are put together. create_app takes its whole world as arguments."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,30 +16,43 @@ import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware import Middleware
 from fastapi.openapi.docs import get_swagger_ui_html
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 from jaxrank.decoding import Decoder
-from jaxrank.errors import MediaError, RequestError, TooLongError
+from jaxrank.errors import RequestError
 from jaxrank.media import Limits, Preprocessing
-from jaxrank.server import docs, schema
+from jaxrank.server import docs, facts, page
+from jaxrank.server.access import Access, Guard, cross_origin, open_to_all
+from jaxrank.server.dialects.dialect import Dialect
+from jaxrank.server.dialects.resolve import DIALECTS, Naming
 from jaxrank.server.errors import (
     BadRequest,
-    NotReady,
+    MethodNotAllowed,
+    NotFound,
     Refusal,
-    TooLarge,
-    Unauthorized,
-    error_body,
-    internal_error,
+    ScoringFailed,
+    internal,
     json_response,
 )
 from jaxrank.server.fetch import Fetcher, MediaAccess
+from jaxrank.server.gate import Gate, GateLimits
+from jaxrank.server.inference import Inference, dialect_of
 from jaxrank.server.media import MediaLoader
+from jaxrank.server.metrics import CONTENT_TYPE, Metrics
 from jaxrank.server.scheduler import Scheduler
-from jaxrank.server.transport import Envelope, read_body, while_connected
-from jaxrank.types import Encoded, Patches
+from jaxrank.server.tracing import Tracing
+from jaxrank.server.transport import Envelope
+from jaxrank.stages import Stages
+from jaxrank.tokens import NO_CUT, Cut, Token
+from jaxrank.types import Encoded, Work
+from jaxrank.version import __version__
 
-TOO_LARGE = {"too_many_bytes", "too_many_items", "too_many_request_bytes", "too_many_patch_bytes"}
-"""Reasons to refuse media with 413."""
+PATIENCE_S = 5.0
+"""For the device, when nobody waits for it any more."""
+
+FAILING_FOR_LONG_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -51,22 +63,34 @@ class Scorer(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def devices(self) -> str: ...
+    @property
     def max_length(self) -> int: ...
     @property
     def row_tokens(self) -> int: ...
     @property
     def scores_are_logits(self) -> bool: ...
     @property
+    def dtype(self) -> str: ...
+    @property
     def takes_instruct(self) -> bool: ...
     @property
     def preprocessing(self) -> Preprocessing | None: ...
     @property
     def compilations(self) -> int: ...
+    @property
+    def compiled(self) -> tuple[int, int]: ...
+    @property
+    def stages(self) -> Stages: ...
+    @property
+    def work(self) -> Work: ...
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None: ...
     def encode(
-        self, query: Any, documents: Sequence[Any], *, truncate: bool = True, instruct: str | None = None
+        self, query: Any, documents: Sequence[Any], *, truncate: bool, cut: Cut, instruct: str | None
     ) -> list[Encoded]: ...
     def score_encoded(self, encoded: Sequence[Encoded]) -> np.ndarray: ...
+    def render(self, pair: Encoded) -> str: ...
+    def tokens_of(self, text: str) -> list[Token]: ...
 
 
 @dataclass(frozen=True)
@@ -74,16 +98,21 @@ class Settings:
     """What create_app was told; see there."""
 
     model: str
+    dialect: Dialect | None
+    truncate: bool
     max_documents: int
-    max_body_bytes: int
+    gate: GateLimits
     max_queue_tokens: int
     max_queue_requests: int
     batch_rows: int
-    body_timeout_s: float
     inline_bytes: int
     encode_threads: int
+    fail_after: int
+    probe_s: float
     media: MediaAccess
     limits: Limits
+    media_workers: int
+    on_ready: Callable[[], None]
     on_failure: Callable[[BaseException], None]
 
 
@@ -92,48 +121,83 @@ def create_app(
     *,
     served_model_name: str | None = None,
     api_keys: Sequence[str] = (),
+    open_metrics: bool = False,
+    cors_origins: Sequence[str] = (),
+    dialect: str = "auto",
+    truncate: bool = True,
     max_documents: int = 1000,
     max_body_bytes: int | None = None,
+    max_headers: int = 100,
+    max_header_bytes: int = 32_768,
     max_queue_tokens: int = 2**20,
     max_queue_requests: int = 512,
+    max_queue_bytes: int = 512_000_000,
     batch_rows: int = 2,
     body_timeout_s: float = 60.0,
+    request_timeout_s: float = 60.0,
+    fail_after: int = 3,
+    probe_s: float = 5.0,
     inline_bytes: int = 1024,
     encode_threads: int = 2,
     media: MediaAccess | None = None,
     limits: Limits | None = None,
+    media_workers: int = 2,
     access_log: bool = True,
+    otlp_endpoint: str | None = None,
+    on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
-    """The application that serves `reranker`. Raises ValueError for an empty API key.
+    """The application that serves `reranker`. Raises RequestError for settings that cannot be.
 
     served_model_name: what the routes call the model, by default its own name. api_keys: with any, every route but
-    /health and /ready wants one of them. max_body_bytes: by default 8 MB, or 40 MB for a model that sees, since images
-    may lie in the request. media, limits: where such a model's images and videos may come from, and what of them is
-    refused. max_queue_tokens, max_queue_requests: with that much waiting, requests are
-    answered 503. batch_rows: usual rows in one call of the device: more overlap the host's work with the device's and
-    pack tighter, fewer let a newcomer wait less. body_timeout_s: most seconds for a body to arrive. inline_bytes:
-    bodies up to this size are tokenised on the event loop, where a trip to a thread would cost more.
-    access_log: one line a request to the logger jaxrank.access. on_failure: told, on another thread, that the warm-up
-    failed or scoring stopped for good.
+    the page at /, /health and /ready wants one of them, and /metrics too unless open_metrics. cors_origins: web pages
+    of which browsers may ask, see access.cross_origin. dialect: of requests that do not name theirs, a name in
+    dialects.resolve.DIALECTS, or "auto" to tell by path and body. truncate: whether pairs that are too long are cut,
+    where a request does not say; they are refused else. max_headers, max_header_bytes: of one request. max_body_bytes:
+    by default 8 MB, or 40 MB for a model that sees, since images may lie in the request. media, limits: where such a
+    model's images and videos may come from, and what of them is refused; media_workers: processes that decode them.
+    max_queue_tokens, max_queue_requests, max_queue_bytes: with that much waiting, requests are answered 429 or 503, by
+    dialect; bytes are those of the requests' bodies. batch_rows: usual rows in one call of the device: more overlap the
+    host's work with the device's and pack tighter, fewer let a newcomer wait less. body_timeout_s: most seconds for a
+    body to arrive. request_timeout_s: from there to the answer; what is not scored then is answered 504. fail_after:
+    batches that fail in a row until the server says that it is not ready; probe_s: seconds between tries of its own
+    then. inline_bytes: bodies up to this size are tokenised on the event loop, where a trip to a thread would cost
+    more. access_log: one line a request to the logger jaxrank.access. otlp_endpoint: see tracing.Tracing. on_ready,
+    on_failure: told, on another thread, that the warm-up is over; that it failed or scoring stopped for good.
     """
-    if not all(api_keys):
-        raise ValueError("an API key is empty; give keys of at least one character, or no keys at all")
+    if dialect != "auto" and dialect not in DIALECTS:
+        raise RequestError(f"dialect {dialect!r} is unknown; one of auto, {', '.join(DIALECTS)}")
+    access = Access(api_keys)
     settings = Settings(
         model=served_model_name or reranker.name,
+        dialect=DIALECTS.get(dialect),
+        truncate=truncate,
         max_documents=max_documents,
-        max_body_bytes=max_body_bytes or (8_000_000 if reranker.preprocessing is None else 40_000_000),
+        gate=GateLimits(
+            max_body_bytes=max_body_bytes or (8_000_000 if reranker.preprocessing is None else 40_000_000),
+            max_queue_bytes=max_queue_bytes,
+            body_timeout_s=body_timeout_s,
+            request_timeout_s=request_timeout_s,
+        ),
         max_queue_tokens=max_queue_tokens,
         max_queue_requests=max_queue_requests,
         batch_rows=batch_rows,
-        body_timeout_s=body_timeout_s,
         inline_bytes=inline_bytes,
         encode_threads=encode_threads,
+        fail_after=fail_after,
+        probe_s=probe_s,
         media=media or MediaAccess(),
         limits=limits or Limits(),
+        media_workers=media_workers,
+        on_ready=on_ready,
         on_failure=on_failure,
     )
-    service = Service(reranker, settings)
+    tracing = None if otlp_endpoint is None else Tracing(otlp_endpoint)
+    service = Service(reranker, settings, tracing)
+    envelope = Middleware(
+        Envelope, metrics=service.metrics, tracing=tracing, access_log=access_log, max_headers=max_headers,
+        max_header_bytes=max_header_bytes,
+    )  # fmt: skip
     app = FastAPI(
         title="jaxrank",
         description=docs.DESCRIPTION,
@@ -142,22 +206,32 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # redirects are built from the Host header, which the client chooses
         lifespan=service.lifespan,
-        middleware=[Middleware(Envelope, access_log=access_log)],
+        dependencies=[Depends(access)],
+        middleware=[
+            envelope,
+            *cross_origin(cors_origins),
+            Middleware(Guard, access=access),
+            Middleware(Naming, dialect=settings.dialect),
+        ],
     )
+    app.state.service = service
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http_error)
+    app.include_router(page.routes())
     app.include_router(_open_routes(service))
-    app.include_router(_guarded_routes(app, service, api_keys))
-    docs.describe(app, guarded=bool(api_keys))
+    app.include_router(_guarded_routes(app, service, access))
+    app.include_router(_metrics_route(service, open_metrics))
     return app
 
 
 class Service:
     """What the routes share while the application runs: the model, the queue, the tokenising threads."""
 
-    def __init__(self, reranker: Scorer, settings: Settings) -> None:
+    def __init__(self, reranker: Scorer, settings: Settings, tracing: Tracing | None = None) -> None:
         self.reranker = reranker
         self.settings = settings
+        self.tracing = tracing
+        self.metrics = Metrics()
         self.started = int(time.time())
         self.progress = ""
 
@@ -173,14 +247,25 @@ class Service:
             max_requests=settings.max_queue_requests,
             prepare=self._warm_up,
             on_failure=self._failed,
+            on_batch=self.metrics.batch,
+            fail_after=settings.fail_after,
+            probe=self._probe,
+            probe_s=settings.probe_s,
         )
+        self.gate = Gate(self.scheduler, settings.gate)
+        self.metrics.watch(self.scheduler, lambda: self.reranker.work, lambda: self.reranker.compilations)
         self.scheduler.start()
+        stalls = asyncio.create_task(self.metrics.watch_event_loop())
         try:
-            async with self._media_loader() as self.loader:
+            async with self._media_loader() as loader:
+                self.inference = Inference(self.reranker, settings, self.gate, self.threads, loader)
                 yield
         finally:
-            await self.scheduler.close()
-            self.threads.shutdown()
+            await self.scheduler.close(PATIENCE_S)
+            stalls.cancel()
+            self.threads.shutdown(wait=False, cancel_futures=True)
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.close)
 
     @contextlib.asynccontextmanager
     async def _media_loader(self) -> AsyncIterator[MediaLoader | None]:
@@ -188,19 +273,31 @@ class Service:
         if self.reranker.preprocessing is None:
             yield None
             return
-        with Decoder(self.reranker.preprocessing, self.settings.limits) as decoder:
-            async with Fetcher(self.settings.media) as fetcher:
-                loader = MediaLoader(fetcher, decoder)
+        settings = self.settings
+        with Decoder(self.reranker.preprocessing, settings.limits, workers=settings.media_workers) as decoder:
+            async with Fetcher(settings.media) as fetcher:
+                loader = MediaLoader(fetcher, decoder, self.metrics.media)
                 try:
                     yield loader
                 finally:
                     loader.close()
 
+    def _probe(self) -> list[Encoded]:
+        """What is scored to see whether scoring works again."""
+        return self.reranker.encode("Is it well?", ["It is."], truncate=True, cut=NO_CUT, instruct=None)
+
     def _warm_up(self) -> None:
-        started = time.perf_counter()
+        log.info("%s on %s", self.reranker.name, self.reranker.devices)
+        stages = self.reranker.stages
+        stages.lap("server")
         self.reranker.warm_up(self._progress)
         self.progress = ""
-        log.info("ready after %.1f s", time.perf_counter() - started)
+        self.settings.on_ready()
+        stages.lap("programs")
+        compiled, found = self.reranker.compiled
+        fields = {"seconds": stages.rounded(), "programs_compiled": compiled, "programs_from_cache": found}
+        log.info("ready after %s: %d programs compiled, %d from the cache", stages, compiled, found,
+                 extra={"fields": fields})  # fmt: skip
 
     def _progress(self, text: str) -> None:
         """Note how far the warm-up is; the one place where a shutdown can stop it."""
@@ -213,60 +310,28 @@ class Service:
         log.error("scoring has stopped for good", exc_info=error)
         self.settings.on_failure(error)
 
-    async def rerank(self, request: Request) -> Response:
-        """The whole path of a request."""
-        settings, scheduler = self.settings, self.scheduler
-        body = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
-        if not scheduler.ready and not scheduler.failed and not scheduler.stopping:
-            raise NotReady
-        with scheduler.admit():
-            async with while_connected(request):
-                loop = asyncio.get_running_loop()
-                if len(body) <= settings.inline_bytes:
-                    parsed, encoded = self._read(body)
-                else:
-                    parsed, encoded = await loop.run_in_executor(self.threads, self._read, body)
-                if encoded is None:
-                    seen = await self._load(parsed)
-                    encoded = await loop.run_in_executor(self.threads, self._encode, parsed, seen)
-                logits = await scheduler.submit(encoded)
-        content = schema.answer(parsed, encoded, logits, self.reranker.scores_are_logits)
-        return Response(content, media_type="application/json")
-
-    def _read(self, body: bytes) -> tuple[schema.Rerank, list[Encoded] | None]:
-        """Parse, and tokenise what has no media. Thread-safe. Raises BadRequest or TooLarge."""
-        parsed = schema.parse(body, self.settings.max_documents, self.reranker.preprocessing is not None)
-        return parsed, None if parsed.media() else self._encode(parsed, [])
-
-    async def _load(self, parsed: schema.Rerank) -> list[Patches]:
-        """The request's images and videos, in their order. Raises BadRequest or TooLarge, with their place."""
-        assert self.loader is not None, "media are refused before, where the model does not see"
-        named = parsed.media()
-        try:
-            return await self.loader.load([part for _, part in named])
-        except MediaError as error:
-            refusal = TooLarge if error.code in TOO_LARGE else BadRequest
-            raise refusal(f"{named[error.index or 0][0]} is {error}.") from None
-
-    def _encode(self, parsed: schema.Rerank, seen: Sequence[Patches]) -> list[Encoded]:
-        """Tokenise. Thread-safe. Raises BadRequest."""
-        instruct = parsed.instruct if self.reranker.takes_instruct else None
-        query, documents = parsed.with_media(seen)
-        try:
-            return self.reranker.encode(query, documents, truncate=parsed.truncate, instruct=instruct)
-        except TooLongError as error:
-            # Clients look for this phrase, whatever the model says besides.
-            phrase, message = f"This model's maximum context length is {self.reranker.max_length} tokens.", str(error)
-            raise BadRequest(message if message.startswith(phrase[:-1]) else f"{phrase} {message}") from None
-        except RequestError as error:
-            raise BadRequest(str(error)) from None
+    def health(self) -> tuple[dict[str, Any], bool]:
+        """What GET /health answers, and whether all is well enough to go on."""
+        scheduler = self.scheduler
+        if scheduler.failed and not scheduler.stopping:
+            return {"status": "failed", "reason": "Scoring has stopped for good. Restart the server."}, False
+        if scheduler.failing:
+            for_long = time.monotonic() - scheduler.failing_since > FAILING_FOR_LONG_S
+            reason = f"Nothing could be scored in the last {scheduler.failures} batches; the log tells why."
+            return {"status": "failing", "reason": reason}, not for_long
+        return {"status": "alive"}, True
 
     def state(self) -> dict[str, Any]:
         """What GET /ready answers."""
         scheduler = self.scheduler
-        names = {"stopping": scheduler.stopping, "failed": scheduler.failed, "ready": scheduler.ready}
+        names = {
+            "stopping": scheduler.stopping,
+            "failed": scheduler.failed,
+            "failing": scheduler.failing,
+            "ready": scheduler.ready,
+        }
         return {
-            "ready": scheduler.ready and not scheduler.stopping,
+            "ready": scheduler.ready and not scheduler.stopping and not scheduler.failing,
             "state": next((name for name, holds in names.items() if holds), "warming up"),
             "progress": self.progress,
             "model": self.settings.model,
@@ -281,12 +346,14 @@ def _open_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["state"])
 
     @router.get("/health", response_model=docs.Health, responses=docs.unavailable(docs.Health))
+    @open_to_all
     async def health() -> Response:
-        """Whether the process is alive. 503 only when it can never score again and has to be restarted."""
-        failed = service.scheduler.failed and not service.scheduler.stopping
-        return json_response({"status": "failed" if failed else "alive"}, 503 if failed else 200)
+        """Whether the process is alive. 503 when it has to be restarted: scoring has stopped, or fails for a minute."""
+        answer, well = service.health()
+        return json_response(answer, 200 if well else 503)
 
     @router.get("/ready", response_model=docs.Ready, responses=docs.unavailable(docs.Ready))
+    @open_to_all
     async def ready() -> Response:
         """Whether the model is warm and takes requests. A full queue does not make it unready."""
         state = service.state()
@@ -295,36 +362,79 @@ def _open_routes(service: Service) -> APIRouter:
     return router
 
 
-def _guarded_routes(app: FastAPI, service: Service, api_keys: Sequence[str]) -> APIRouter:
+def _metrics_route(service: Service, open_metrics: bool) -> APIRouter:
+    """The route that Prometheus asks. It needs a key unless open_metrics."""
+    router = APIRouter(tags=["state"])
+
+    async def metrics() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    endpoint = open_to_all(metrics) if open_metrics else metrics
+    router.add_api_route("/metrics", endpoint, methods=["GET"], response_class=PlainTextResponse)
+    return router
+
+
+def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter:
     """The routes that need a key where there are any."""
-    guard = [Depends(partial(_check_key, tuple(key.encode() for key in api_keys)))] if api_keys else []
-    router = APIRouter(dependencies=guard)
+    router = APIRouter()
+    about = facts.Facts(service.reranker, service.settings, service.started)
 
     async def rerank(request: Request) -> Response:
-        """Score every document against the query and answer them best first. PUT does the same as POST."""
-        return await service.rerank(request)
+        return await service.inference.rerank(request)
 
-    # The first is the one that answers, one route for both methods so that a 405 names both; the second is the one
-    # that the documentation shows, where an operation has one method.
-    router.add_api_route("/v1/rerank", rerank, methods=["POST", "PUT"], include_in_schema=False)
-    router.add_api_route("/v1/rerank", rerank, methods=["POST"], **docs.RERANK)
+    async def score(request: Request) -> Response:
+        return await service.inference.score(request)
 
-    @router.get("/v1/models", response_model=docs.Models, tags=["state"])
+    # Their bodies are read by hand, so docs describes them by hand.
+    for path in docs.RERANK_PATHS:
+        methods = ["POST", "PUT"] if path == "/v1/rerank" else ["POST"]
+        router.add_api_route(path, rerank, methods=methods, include_in_schema=False)
+    for path in docs.SCORE_PATHS:
+        router.add_api_route(path, score, methods=["POST"], include_in_schema=False)
+
+    @router.post("/tokenize", include_in_schema=False)
+    async def tokenize(request: Request) -> Response:
+        return await service.inference.tokenize(request)
+
+    @router.get("/v1/models", response_model=facts.Models, tags=["state"])
     async def models() -> Response:
         """The one model of this server, in OpenAI's list."""
-        model = {
-            "id": service.settings.model,
-            "object": "model",
-            "created": service.started,
-            "owned_by": "jaxrank",
-            "max_model_len": service.reranker.max_length,
-            "max_documents": service.settings.max_documents,
-        }
-        return json_response({"object": "list", "data": [model]})
+        return json_response(about.models())
+
+    @router.get("/models", response_model=facts.InfinityModels, tags=["state"])
+    async def infinity_models() -> Response:
+        """The same with the state of the queue, as Infinity lists it."""
+        return json_response(about.infinity_models(service.scheduler.requests))
+
+    @router.get("/info", response_model=facts.Info, tags=["state"])
+    async def info() -> Response:
+        """The model and the limits of this server, as TEI tells them."""
+        return json_response(about.info())
+
+    @router.get("/version", response_model=facts.Version, tags=["state"])
+    async def version() -> Response:
+        """The version of jaxrank."""
+        return json_response({"version": __version__})
+
+    async def ping() -> Response:
+        """An empty answer, behind the keys; /health and /ready tell more, without one."""
+        return Response()
+
+    # One route for both methods so that a 405 names both; the documentation has one operation a method.
+    router.add_api_route("/ping", ping, methods=["GET", "POST"], include_in_schema=False)
+
+    documents: dict[Dialect | None, bytes] = {}
 
     @router.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
-        return json_response(app.openapi())
+    async def openapi(request: Request) -> Response:
+        dialect: Dialect | None = getattr(request.state, "named_dialect", None)
+        if dialect not in documents:  # takes a while, so not on the event loop, and once
+            describe = partial(
+                docs.describe, app, dialect, guarded=access.guarded, sees=service.reranker.preprocessing is not None
+            )
+            documents[dialect] = to_json(await asyncio.to_thread(describe))
+        return Response(documents[dialect], media_type="application/json")
 
     @router.get("/docs", include_in_schema=False)
     async def swagger() -> Response:
@@ -333,32 +443,24 @@ def _guarded_routes(app: FastAPI, service: Service, api_keys: Sequence[str]) -> 
     return router
 
 
-async def _check_key(keys: tuple[bytes, ...], request: Request) -> None:
-    """Raise Unauthorized unless the request carries exactly one of the keys, exactly once.
-
-    Every key is compared, in constant time, so that the time tells neither which nor how much of one matched.
-    """
-    given = request.headers.getlist("authorization")
-    scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-    matches = [hmac.compare_digest(key.strip().encode("latin-1"), known) for known in keys]
-    if scheme.lower() != "bearer" or not any(matches):
-        raise Unauthorized
-
-
 async def _refused(request: Request, error: Exception) -> Response:
+    """A refusal in the dialect of the request."""
     refusal = cast(Refusal, error)
-    # What exactly failed is in the log, under the id.
-    return internal_error(request.state.request_id) if refusal.status == 500 else refusal.response()
-
-
-_HTTP_ERRORS = {
-    404: ("NotFound", "There is no such route. GET /docs lists the routes."),
-    405: ("MethodNotAllowed", "This route does not take that method. The Allow header names those that it takes."),
-}
+    request.app.state.service.metrics.refusal(type(refusal).__name__)
+    if isinstance(refusal, ScoringFailed):  # what exactly failed is in the log, under the id
+        identity = request.state.request_id
+        log.error("request %s: %s", identity, refusal, extra={"fields": {"request_id": identity}})
+        refusal = internal(identity, ScoringFailed)
+    return (await dialect_of(request)).refusal(refusal)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Errors that the framework raises by itself, in the server's own shape."""
+    """Errors that the framework raises by itself, in the server's own words."""
     http = cast(HTTPException, error)
-    kind, message = _HTTP_ERRORS.get(http.status_code, ("BadRequestError", "The request is malformed."))
-    return json_response(error_body(http.status_code, message, kind), http.status_code, http.headers)
+    refusals = {
+        404: NotFound("There is no such route. GET /docs lists the routes."),
+        405: MethodNotAllowed(
+            "This route does not take that method. The Allow header names those that it takes.", headers=http.headers
+        ),
+    }
+    return await _refused(request, refusals.get(http.status_code, BadRequest("The request is malformed.")))

@@ -7,15 +7,18 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxrank.media import Kind
-from jaxrank.server.errors import BadRequest, Malformed
+from jaxrank.server.errors import BadRequest, Invalid
 from jaxrank.server.media import MediaPart
+
+HOLDS = ("text", "content", "image", "image_url", "video", "video_url")
+"""Fields of a part, of which one is needed."""
 
 
 class Part(BaseModel):
     """A piece of a query or document: {"type": "text", "text": "..."} or {"text": "..."}; for models that see also
     {"type": "image_url", "image_url": {"url": "..."}}, {"image": "..."}, the same of video, or {"content": [parts]}."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"anyOf": [{"required": [name]} for name in HOLDS]})
 
     type: str | None = Field(None, description='"text", "image_url" or "video_url". Null: the other fields tell.')
     text: str | None = Field(None, description="The text. Texts of several parts are joined as they stand.")
@@ -43,7 +46,7 @@ def allowed(sees: bool) -> str:
 
 def read(content: Content, place: str, sees: bool) -> Side:
     """The content at `place` of a request. Raises BadRequest for media that the model cannot see, and for text that is
-    not Unicode, Malformed for parts of another kind."""
+    not Unicode, Invalid for parts of another kind."""
     if isinstance(content, str):
         return _checked(content, place)
     pieces = [_piece(part, place, sees) for part in _parts(content, place, sees)]
@@ -58,13 +61,15 @@ def media_of(side: Side, place: str) -> list[tuple[str, MediaPart]]:
 
 
 def without_payloads(value: Any) -> Any:
-    """A JSON value as it was sent, but for data: URLs, of which only the beginning is left."""
+    """A JSON value as it was sent, but for data: URLs, of which only the beginning is left, and for what is no Unicode
+    in fields that nobody reads."""
     if isinstance(value, str):
-        return f"{value[: value.find(',') + 1 or 32][:64]}..." if value[:5].lower() == "data:" else value
+        text = f"{value[: value.find(',') + 1 or 32][:64]}..." if value[:5].lower() == "data:" else value
+        return text if text.isascii() else text.encode(errors="replace").decode()
     if isinstance(value, list):
         return [without_payloads(one) for one in value]
     if isinstance(value, dict):
-        return {key: without_payloads(one) for key, one in value.items()}
+        return {without_payloads(key): without_payloads(one) for key, one in value.items()}
     return value
 
 
@@ -77,7 +82,7 @@ def _parts(content: Part | list[Part], place: str, sees: bool) -> list[Part]:
     try:
         return [Part.model_validate(one) for one in inner]
     except ValueError:
-        raise Malformed(f"{place} must be {allowed(sees)}; got other things in its content.") from None
+        raise Invalid(f"{place} must be {allowed(sees)}; got other things in its content.") from None
 
 
 def _piece(part: Part, place: str, sees: bool) -> str | MediaPart:
@@ -96,7 +101,7 @@ def _piece(part: Part, place: str, sees: bool) -> str | MediaPart:
         kind, source = _KINDS[names[0]], _source(extra[names[0]])
         if isinstance(source, str) or (source and kind == "video"):
             return MediaPart(kind, source)
-    raise Malformed(f"{place} must be {allowed(sees)}; got a part without text or of another type.")
+    raise Invalid(f"{place} must be {allowed(sees)}; got a part without text or of another type.")
 
 
 def _source(value: Any) -> str | tuple[str, ...]:

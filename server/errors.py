@@ -1,25 +1,35 @@
-"""What the server refuses, and the one JSON shape in which it says so.
+"""What the server refuses. How it says so, a dialect decides (see dialects.dialect); most with `error_body`.
 
     Refusal                 an answer that is not 200: status, message, type, extra headers
     ├── BadRequest          400  the request can be mended by its sender
-    │   └── Malformed                its body cannot even be read as a request
+    │   ├── Malformed                its body is no JSON object
+    │   ├── Invalid                  a field is missing, or has a value of another type
+    │   ├── NoDocuments              there is nothing to rank
+    │   ├── TooLong                  a pair that does not fit, where truncation is refused
+    │   └── NotSupported             nothing that a reranker can answer
     ├── Unauthorized        401  no key, or an unknown one
-    ├── TooLarge            413  more bytes or documents than the server takes
+    ├── NotFound            404  no such route
+    ├── MethodNotAllowed    405  not with this method
+    ├── SlowBody            408  its body does not arrive in time
+    ├── TooLarge            413  more bytes than the server takes
+    │   └── TooManyDocuments         more documents
+    ├── BadMedia            422  an image or video that cannot be had or read
+    ├── LargeHead           431  more headers than the server takes
     ├── ScoringFailed       500  the model failed; the log has the reason
-    └── Unavailable         503  not now: come back after Retry-After seconds
-        ├── Overloaded           the queue is full
-        ├── NotReady             the model is still warming up
-        └── Closing              the server is shutting down
+    ├── Unavailable         503  not now: come back after Retry-After seconds
+    │   ├── Overloaded           the queue is full
+    │   ├── NotReady             the model is still warming up
+    │   └── Closing              the server is shutting down
+    └── Expired             504  its time was up before it was scored
     ClientGone              nobody is left to answer
 
-The shape is SGLang's flat error object: {"object": "error", "message", "type", "param": null, "code": status}.
 No message carries text of a request, of an exception's repr, or of a path.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 from pydantic_core import to_json
@@ -28,14 +38,25 @@ from starlette.responses import Response
 from jaxrank.errors import JaxrankError
 
 
-class ErrorBody(BaseModel):
-    """The body of every answer that is not 200."""
+class ErrorObject(BaseModel):
+    """The error as vLLM, Infinity and OpenAI's clients read it."""
 
-    object: str = Field("error", description='Always "error".')
     message: str = Field(description="What came, what is allowed, what to do.")
     type: str = Field(description="A stable name of the kind of error.")
-    param: str | None = Field(None, description="Always null.")
+    param: str | None = Field(description="Always null.")
     code: int = Field(description="The HTTP status.")
+
+
+class ErrorBody(BaseModel):
+    """The body of answers that are not 200: the same in every place where some client looks for it."""
+
+    error: ErrorObject
+    object: Literal["error"]
+    message: str = Field(description="As SGLang's and Cohere's clients read it.")
+    type: str
+    param: str | None
+    code: int
+    detail: str = Field(description="As Jina's and Voyage's clients read it.")
 
 
 class Refusal(JaxrankError):
@@ -44,18 +65,13 @@ class Refusal(JaxrankError):
     status = 500
     type = "InternalServerError"
 
-    def __init__(self, message: str, *, headers: Mapping[str, str] | None = None, **extra: Any) -> None:
+    def __init__(self, message: str, *, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.headers = dict(headers or {})
-        self.extra = extra
-
-    def body(self) -> dict[str, Any]:
-        """The JSON object that the client gets."""
-        return error_body(self.status, str(self), self.type) | self.extra
 
     def response(self) -> Response:
-        """The whole answer."""
-        return json_response(self.body(), self.status, self.headers)
+        """The whole answer, where the dialect is not known."""
+        return json_response(error_body(self.status, str(self), self.type), self.status, self.headers)
 
 
 class BadRequest(Refusal):
@@ -66,9 +82,27 @@ class BadRequest(Refusal):
 
 
 class Malformed(BadRequest):
-    """A body that cannot be read as a request: not JSON, fields missing, values of a wrong type."""
+    """A body that is no JSON object."""
 
     type = "Bad Request"
+
+
+class Invalid(BadRequest):
+    """A field that is missing, or has a value of another type."""
+
+    type = "Bad Request"
+
+
+class NoDocuments(BadRequest):
+    """An empty list of documents."""
+
+
+class TooLong(BadRequest):
+    """A pair that does not fit the model, where truncation is refused."""
+
+
+class NotSupported(BadRequest):
+    """What other servers answer from a model that generates text, and a reranker cannot."""
 
 
 class Unauthorized(Refusal):
@@ -81,15 +115,53 @@ class Unauthorized(Refusal):
         super().__init__(
             "This server wants an API key that it knows. Send the header 'Authorization: Bearer KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
-            error="Unauthorized",
         )
 
 
+class SlowBody(Refusal):
+    """A body that does not arrive in time."""
+
+    status = 408
+    type = "RequestTimeout"
+
+
+class NotFound(Refusal):
+    """A path without a route."""
+
+    status = 404
+    type = "NotFound"
+
+
+class MethodNotAllowed(Refusal):
+    """A route that does not take this method."""
+
+    status = 405
+    type = "MethodNotAllowed"
+
+
 class TooLarge(Refusal):
-    """More bytes or documents than the server takes in one request."""
+    """More bytes than the server takes in one request."""
 
     status = 413
     type = "RequestTooLarge"
+
+
+class LargeHead(Refusal):
+    """More headers, or longer ones, than the server takes."""
+
+    status = 431
+    type = "RequestHeaderFieldsTooLarge"
+
+
+class TooManyDocuments(TooLarge):
+    """More documents than the server takes in one request."""
+
+
+class BadMedia(Refusal):
+    """An image or video that cannot be had, read or taken."""
+
+    status = 422
+    type = "UnprocessableEntityError"
 
 
 class ScoringFailed(Refusal):
@@ -127,21 +199,39 @@ class Closing(Unavailable):
         super().__init__("The server is shutting down. Send the request to another one.", 5)
 
 
+class Expired(Refusal):
+    """A request whose time was up before its answer was ready. Its documents are not scored any more."""
+
+    status = 504
+    type = "DeadlineExceeded"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"The request was not finished within {seconds:g} s. Send fewer or shorter documents, send it when there "
+            "is less to do, or give it more time, by the header X-Request-Timeout or the server's --request-timeout."
+        )
+
+
 class ClientGone(JaxrankError):
     """The client closed the connection before its answer was ready."""
 
 
 def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
-    """SGLang's flat error object."""
-    return {"object": "error", "message": message, "type": kind, "param": None, "code": status}
+    """The error object of all dialects but TEI's: see ErrorBody."""
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return {"error": error, "object": "error", **error, "detail": message}
+
+
+def internal(request_id: str, kind: type[Refusal] = Refusal) -> Refusal:
+    """The one answer to anything unforeseen: constant but for the id under which the log tells more."""
+    return kind(f"Internal error. The server's log tells more under request id {request_id}.")
 
 
 def internal_error(request_id: str) -> Response:
-    """The one answer to anything unforeseen: constant but for the id under which the log tells more."""
-    message = f"Internal error. The server's log tells more under request id {request_id}."
-    return json_response(error_body(500, message, Refusal.type), 500)
+    """The same as an answer, where the dialect is not known."""
+    return internal(request_id).response()
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """`content` as a JSON answer."""
-    return Response(to_json(content), status, headers, media_type="application/json")
+    return Response(to_json(content, inf_nan_mode="null"), status, headers, media_type="application/json")

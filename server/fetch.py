@@ -60,14 +60,14 @@ class MediaAccess:
 
 
 REASONS = {
-    "bad_address": "not an address that can be read; send an http or https URL, or data:...;base64,...",
-    "bad_data": "not a data: URL in base64; send data:...;base64,...",
-    "bad_port": "at a port other than 80 and 443; serve it there, or send it as data:...;base64,...",
+    "bad_address": "not an address that can be read; send an http or https URL, or data:TYPE;base64,DATA",
+    "bad_data": "not a data: URL in base64; send data:TYPE;base64,DATA",
+    "bad_port": "at a port other than 80 and 443; serve it there, or send it as data:TYPE;base64,DATA",
     "bad_file": "not a file that this server may read",
-    "no_files": "a file name, and this server reads no files; send data:...;base64,...",
-    "no_remote": "a web address, and this server fetches nothing; send data:...;base64,...",
-    "other_domain": "on a host that this server does not fetch from; send data:...;base64,...",
-    "not_public": "on a host that is not on the public internet; send data:...;base64,...",
+    "no_files": "a file name, and this server reads no files; send data:TYPE;base64,DATA",
+    "no_remote": "a web address, and this server fetches nothing; send data:TYPE;base64,DATA",
+    "other_domain": "on a host that this server does not fetch from; send data:TYPE;base64,DATA",
+    "not_public": "on a host that is not on the public internet; send data:TYPE;base64,DATA",
     "unreachable": "at an address from which it could not be fetched",
     "too_slow_to_fetch": "at an address that answers too slowly, with {0.total_s:g} seconds for all of it",
     "too_many_redirects": "at an address that redirects more than {0.max_redirects} times",

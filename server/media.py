@@ -41,10 +41,13 @@ class PatchDecoder(Protocol):
 class MediaLoader:
     """Loads the media of requests, through one fetcher and one decoder. For one event loop.
 
-    It closes neither of the two: they belong to whom made them.
+    It closes neither of the two: they belong to whom made them. count: told "fetched" or "decoded", and how many bytes.
     """
 
-    def __init__(self, fetcher: Fetcher, decoder: PatchDecoder) -> None:
+    def __init__(
+        self, fetcher: Fetcher, decoder: PatchDecoder, count: Callable[[str, int], None] = lambda step, size: None
+    ) -> None:
+        self.count = count
         self.access = fetcher.access
         self.fetcher = fetcher
         self._decode = decoder.decode
@@ -116,10 +119,12 @@ class _Request:
         """The content and its hash."""
         async with self.slots:
             content = await self.loader.fetcher.fetch(address, self.take)
+            self.loader.count("fetched", len(content))
             return content, await asyncio.to_thread(lambda: hashlib.sha256(content).digest())
 
     async def _decoded(self, kind: Kind, data: bytes | list[bytes]) -> Patches:
         patches = await self.loader.decode(kind, data)
+        self.loader.count("decoded", patches.pixels.nbytes)
         self.take_patches(patches.pixels.nbytes)
         return patches
 

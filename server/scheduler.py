@@ -8,6 +8,10 @@ only until the device has been given as many tokens as it has itself.
 
 Batches. The thread chooses its next batch the moment it is free, so that the batch holds all who came meanwhile. It
 takes, in order of deadline, the longest pair that still fits, until nothing does: rows come out full to a few tokens.
+
+Failures. A batch that fails is halved once and each half is tried; the requests of a half that fails again are failed.
+After several batches in a row of which nothing could be scored the scheduler is `failing`. It goes on with what comes,
+and tries a probe of its own where nothing does, so that it notices when the device is well again.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import threading
 import time
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,16 +36,34 @@ log = logging.getLogger(__name__)
 Logits = np.ndarray
 Score = Callable[[Sequence[Encoded]], Logits]
 
+Stage = Callable[[str, float, float], None]
+"""Told of a stage that is over: its name, begin and end by time.perf_counter()."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """One call of the device, or several where it had to be halved. fill: its tokens by the most that one takes."""
+
+    pairs: int
+    tokens: int
+    fill: float
+    seconds: float
+    failed_pairs: int
+
 
 class Job:
     """One request in the queue.
 
     waiting: indices of the pairs that no batch has taken yet, shortest first, lengths in step: of their own tokens,
     since a batch computes the prefix that they share but once. logits: float32, one a
-    pair, filled batch by batch. unscored: how many are still missing. deadline: see the module.
+    pair, filled batch by batch. unscored: how many are still missing. deadline: see the module. submitted, begun: when
+    it came, and when a batch first took of it, by time.perf_counter().
     """
 
-    __slots__ = ("deadline", "dropped", "encoded", "future", "lengths", "logits", "prefix", "unscored", "waiting")
+    __slots__ = (
+        "begun", "deadline", "dropped", "encoded", "future", "lengths", "logits", "prefix", "submitted", "unscored",
+        "waiting",
+    )  # fmt: skip
 
     def __init__(self, encoded: Sequence[Encoded], clock: int, future: asyncio.Future[Logits]) -> None:
         self.encoded = encoded
@@ -53,6 +76,8 @@ class Job:
         self.deadline = clock + self.prefix + sum(sizes)
         self.future = future
         self.dropped = False
+        self.submitted = time.perf_counter()
+        self.begun = 0.0
 
     def take(self, room: int) -> tuple[int, int] | None:
         """The longest waiting pair of at most `room` own tokens, as (index, length); None if there is none."""
@@ -70,7 +95,8 @@ class Scheduler:
     score: scores any number of pairs, called from the device thread only. batch_tokens: most tokens in one call of it
     (a longer single pair goes alone). max_tokens, max_requests: no request is admitted while the queue holds that many.
     prepare: run on the device thread before anything is scored. on_failure: told when prepare failed or the thread
-    died; nothing will be scored any more.
+    died; nothing will be scored any more. on_batch: told of every batch, on the device thread. fail_after: batches in a
+    row of which nothing could be scored, until `failing`. probe: pairs to try every probe_s seconds then.
     """
 
     def __init__(
@@ -82,8 +108,16 @@ class Scheduler:
         max_requests: int,
         prepare: Callable[[], None] = lambda: None,
         on_failure: Callable[[BaseException], None] = lambda error: None,
+        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        fail_after: int = 3,
+        probe: Callable[[], Sequence[Encoded]] = lambda: (),
+        probe_s: float = 5.0,
     ) -> None:
         self._score = score
+        self._on_batch = on_batch
+        self._fail_after = fail_after
+        self._probe = probe
+        self._probe_s = probe_s
         self._batch_tokens = batch_tokens
         self._max_tokens = max_tokens
         self._max_requests = max_requests
@@ -95,11 +129,14 @@ class Scheduler:
         self._closing = False
         self.ready = False
         self.failed = False
+        self.failures = 0  # batches in a row of which nothing could be scored
+        self.failing_since = 0.0  # by time.monotonic(); 0: it is not failing
         self.requests = 0  # admitted and not answered
         # Shared with the device thread, under _change:
         self._change = threading.Condition()
         self._jobs: list[Job] = []  # with waiting pairs, by deadline
         self._clock = 0  # tokens ever given to the device
+        self._given = 0  # tokens of the last batch
         self._stop = False
         self.tokens = 0  # submitted and not scored
         self._rate = 0.0  # tokens a second, smoothed
@@ -109,20 +146,37 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def close(self) -> None:
-        """Take nothing new, finish what was admitted, end the thread."""
+    def refuse_new(self) -> None:
+        """Admit no one any more. What was admitted is finished."""
         self._closing = True
+
+    async def close(self, patience_s: float | None = None) -> None:
+        """Take nothing new, finish what was admitted, end the thread. patience_s: most seconds for the batch that runs
+        when all requests are gone; the thread is left alone then, and ends with the process."""
+        self.refuse_new()
         if not self.failed:
             await self._idle.wait()
         with self._change:
             self._stop = True
             self._change.notify()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, patience_s)
+        if self._thread.is_alive():
+            log.warning("the device is still at work, on what nobody waits for any more")
 
     @property
     def stopping(self) -> bool:
-        """Whether close() was called."""
+        """Whether close() or refuse_new() was called."""
         return self._closing
+
+    @property
+    def rate(self) -> float:
+        """Tokens that are scored a second, smoothed; 0 before the first batch."""
+        return self._rate
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last batches failed altogether. A success ends it."""
+        return self.failures >= self._fail_after
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
@@ -131,12 +185,7 @@ class Scheduler:
         A request is judged by the queue that it finds, not by its own size, so that a large one is never refused for
         good; the queue holds at most `max_tokens` and one request a place already held.
         """
-        if self._closing:
-            raise Closing
-        if self.failed:
-            raise ScoringFailed("Scoring has stopped for good. The server has to be restarted.")
-        if self.requests >= self._max_requests or self.tokens >= self._max_tokens:
-            raise Overloaded(self._retry_after())
+        self.check_room()
         self.requests += 1
         self._idle.clear()
         try:
@@ -146,10 +195,20 @@ class Scheduler:
             if not self.requests:
                 self._idle.set()
 
-    async def submit(self, encoded: Sequence[Encoded]) -> Logits:
+    def check_room(self) -> None:
+        """Raise what admit() would raise now."""
+        if self._closing:
+            raise Closing
+        if self.failed:
+            raise ScoringFailed("Scoring has stopped for good. The server has to be restarted.")
+        if self.requests >= self._max_requests or self.tokens >= self._max_tokens:
+            raise Overloaded(self.retry_after())
+
+    async def submit(self, encoded: Sequence[Encoded], stage: Stage = lambda name, begin, end: None) -> Logits:
         """Logits of the pairs, float32, in order; call it inside admit(). Raises ScoringFailed.
 
-        When the caller is cancelled, pairs that no batch holds yet are never scored.
+        stage: told of "wait", until a batch first takes of it, and of "score", from there to the last result. When the
+        caller is cancelled, pairs that no batch holds yet are never scored.
         """
         if not encoded:
             return np.zeros(0, np.float32)
@@ -165,8 +224,12 @@ class Scheduler:
         finally:
             with self._change:
                 self._drop(job)
+            end = time.perf_counter()
+            stage("wait", job.submitted, job.begun or end)
+            if job.begun:
+                stage("score", job.begun, end)
 
-    def _retry_after(self) -> int:
+    def retry_after(self) -> int:
         """Whole seconds until about half of the queue is scored, 1 to 60."""
         return min(60, max(1, math.ceil(self.tokens / 2 / self._rate))) if self._rate else 1
 
@@ -187,8 +250,11 @@ class Scheduler:
         try:
             self._prepare()
             self.ready = True
-            while batch := self._next_batch():
-                self._run(batch)
+            while not self._ended():
+                if batch := self._next_batch():
+                    self._run(batch)
+                elif self.failing:
+                    self._note_success(self._probed())
         except BaseException as error:
             with self._change:
                 self.failed, self.ready = True, False
@@ -198,55 +264,100 @@ class Scheduler:
             failure = ScoringFailed("Scoring has stopped for good. The server has to be restarted.")
             self._answer([(job, failure) for job in jobs])
 
+    def _ended(self) -> bool:
+        """Whether nothing is left and nothing will come."""
+        with self._change:
+            return self._stop and not self._jobs
+
     def _next_batch(self) -> Batch:
-        """The next batch, waiting for one; empty when told to stop and nothing is left."""
+        """The next batch, waiting for one; empty when told to stop and nothing is left, or when it is time to probe."""
         with self._change:
             while not self._jobs and not self._stop:
-                self._change.wait()
+                if not self._change.wait(self._probe_s if self.failing else None):
+                    return []
+            now = time.perf_counter()
             batch: Batch = []
             room = self._batch_tokens
             for job in self._jobs:
                 prefix = job.prefix
                 # Only the first pair of a batch may be longer than the batch: it goes alone.
                 while taken := job.take(room - prefix if batch else max(room - prefix, job.lengths[-1])):
+                    job.begun = job.begun or now
                     batch.append((job, taken[0]))
                     room -= prefix + taken[1]
                     prefix = 0
                 if room <= 0:
                     break
             self._jobs = [job for job in self._jobs if job.waiting]
-            self._clock += self._batch_tokens - room
+            self._given = self._batch_tokens - room
+            self._clock += self._given
             return batch
 
     def _run(self, batch: Batch) -> None:
         """Score one batch and answer the requests that it completes, or fails."""
         pairs = [job.encoded[index] for job, index in batch]
         started = time.perf_counter()
-        error: ScoringFailed | None = None
+        logits, failed = self._score_or_halve(pairs)
+        seconds = max(time.perf_counter() - started, 1e-6)
+        tokens = sum(len(pair.tokens) for pair in pairs)
+        self._note_success(not all(failed))
+        answers: list[tuple[Job, Logits | ScoringFailed]] = []
+        with self._change:
+            self.tokens -= tokens
+            if not any(failed):
+                self._rate += (tokens / seconds - self._rate) * (0.2 if self._rate else 1)
+            for (job, index), logit, lost in zip(batch, logits.tolist(), failed, strict=True):
+                job.logits[index] = logit
+                job.unscored -= 1
+                if lost and not job.dropped:
+                    self._drop(job)
+                    answers.append((job, ScoringFailed("The model failed on this batch.")))
+                elif not job.unscored and not job.dropped:
+                    answers.append((job, _checked(job.logits)))
+        self._answer(answers)
+        self._on_batch(BatchReport(len(pairs), tokens, self._given / self._batch_tokens, seconds, sum(failed)))
+
+    def _score_or_halve(self, pairs: Sequence[Encoded]) -> tuple[Logits, list[bool]]:
+        """The logits, and which pairs have none because they failed twice. A single pair is not tried again."""
+        logits = np.full(len(pairs), np.nan, np.float32)
+        if self._scored(pairs, logits):
+            return logits, [False] * len(pairs)
+        ends = np.cumsum([len(pair) for pair in pairs])
+        middle = int(np.searchsorted(ends, ends[-1] / 2)) + 1 if len(pairs) > 1 else 0
+        middle = min(middle, len(pairs) - 1)
+        failed: list[bool] = []
+        for half in (slice(0, middle), slice(middle, len(pairs))):
+            size = len(pairs[half])
+            failed += [not (0 < size < len(pairs) and self._scored(pairs[half], logits[half]))] * size
+        return logits, failed
+
+    def _scored(self, pairs: Sequence[Encoded], into: Logits) -> bool:
+        """Whether the pairs could be scored; their logits are in `into` then."""
         try:
             logits = np.asarray(self._score(pairs), np.float32)
             if logits.shape != (len(pairs),):
                 raise RuntimeError(f"{len(pairs)} pairs were scored as an array of shape {logits.shape}")
-        except Exception as cause:
-            log.exception("scoring a batch of %d pairs failed", len(pairs))
-            logits = np.full(len(pairs), np.nan, np.float32)
-            error = ScoringFailed("The model failed on this batch.")
-            error.__cause__ = cause
-        tokens = sum(len(pair.tokens) for pair in pairs)
-        rate = tokens / max(time.perf_counter() - started, 1e-6)
-        answers: list[tuple[Job, Logits | ScoringFailed]] = []
-        with self._change:
-            self.tokens -= tokens
-            self._rate += (rate - self._rate) * (0.2 if self._rate else 1)
-            for (job, index), logit in zip(batch, logits.tolist(), strict=True):
-                job.logits[index] = logit
-                job.unscored -= 1
-                if error and not job.dropped:
-                    self._drop(job)
-                    answers.append((job, error))
-                elif not job.unscored and not job.dropped:
-                    answers.append((job, _checked(job.logits)))
-        self._answer(answers)
+        except Exception:
+            log.exception("scoring %d pairs failed", len(pairs))
+            return False
+        into[:] = logits
+        return True
+
+    def _probed(self) -> bool:
+        """Whether the device can score what is tried while it is failing."""
+        pairs = self._probe()
+        return bool(pairs) and self._scored(pairs, np.empty(len(pairs), np.float32))
+
+    def _note_success(self, success: bool) -> None:
+        """Count failures in a row, and log when they begin to matter and when they end."""
+        failing = self.failing
+        self.failures = 0 if success else self.failures + 1
+        if self.failing and not failing:
+            self.failing_since = time.monotonic()
+            log.error("nothing could be scored in %d batches in a row: not ready", self.failures)
+        elif failing and success:
+            self.failing_since = 0.0
+            log.warning("scoring works again: ready")
 
     def _answer(self, answers: Sequence[tuple[Job, Logits | ScoringFailed]]) -> None:
         """Hand results to the event loop, all of a batch in one go: waking it costs a system call."""

@@ -1,7 +1,8 @@
-"""SGLang's rerank request and answer: JSON in, a Rerank out; logits in, JSON out.
+"""What every dialect reads a request into, and what its answer is made of: JSON in, a Rerank out.
 
-Lenient where that cannot mislead: null means the default, unknown fields are ignored. Everything that is refused is
-refused with the field's name and what it may hold, never with the value that came.
+Lenient where that cannot mislead: null means the default, unknown fields are ignored, and every dialect takes the
+fields of the others. Everything that is refused is refused with the field's name and what it may hold, never with the
+value that came.
 """
 
 from __future__ import annotations
@@ -9,81 +10,146 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from pydantic_core import to_json
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from jaxrank.server.content import Content, Side, allowed, media_of, read, without_payloads
-from jaxrank.server.errors import BadRequest, Malformed, TooLarge
+from jaxrank.server.content import HOLDS, Content, Part, Side, allowed, media_of, read
+from jaxrank.server.errors import BadRequest, Invalid, Malformed, NoDocuments, TooManyDocuments
+from jaxrank.server.json_input import load_json
 from jaxrank.server.media import MediaPart
-from jaxrank.types import Encoded, Patches
-
-_EXAMPLE: dict[str, JsonValue] = {
-    "query": "what is panda?",
-    "documents": ["hi", "The giant panda is a bear species endemic to China."],
-    "top_n": 1,
-}
+from jaxrank.tokens import Cut
+from jaxrank.types import Patches
 
 
-class RerankRequest(BaseModel):
-    """A query and the documents to rank for it. Null stands for the default; unknown fields are ignored."""
+def as_list(value: Any) -> Any:
+    """A lone document as a list of one."""
+    return [value] if isinstance(value, str | dict) else value
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
-    query: Content = Field(description="What the documents are ranked for. Not empty, not only white space.")
-    documents: list[Content] = Field(description="At least one document. None empty or only white space.")
+Documents = Annotated[
+    list[Content],
+    BeforeValidator(as_list, json_schema_input_type=Annotated[list[Content], Field(min_length=1)] | str | Part),
+]
+"""A list of contents, or a lone one that is no list itself."""
+
+SideName = Literal["left", "right", "Left", "Right"]
+
+
+class Options(BaseModel):
+    """What a request may say besides query and documents, in any dialect. Null stands for the default; unknown fields
+    are ignored."""
+
+    model: Any = Field(None, description="Ignored: the server has one model.")
     top_n: int | None = Field(None, ge=1, description="How many results to answer, best first. Null: all.")
-    return_documents: bool | None = Field(None, description="Whether results carry their document. Null: true.")
+    top_k: int | None = Field(None, ge=1, description="Another name of top_n.")
+    return_documents: bool | None = Field(
+        None, description="Whether results carry their document. Null: as the dialect's own server does."
+    )
+    return_text: bool | None = Field(None, description="Another name of return_documents.")
     truncate: bool | None = Field(
-        None, description="Whether a pair that is too long is cut (its document first); false: answer 400. Null: true."
+        None,
+        description="Whether a pair that is too long is cut (its document first); false: it is refused. Null: as the "
+        "server was started, usually true.",
     )
     truncation: bool | None = Field(None, description="Another name of truncate.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="Most tokens of a pair, longer ones are cut. -1: what the model takes."
+    )
+    truncation_side: SideName | None = Field(
+        None, description='"left": what is too long loses its beginning. Null: its end.'
+    )
+    truncation_direction: SideName | None = Field(None, description="Another name of truncation_side.")
+    max_tokens_per_doc: int | None = Field(
+        None,
+        ge=0,
+        description="Most tokens of a document's text, which is cut before it is scored. 0 or null: no limit.",
+    )
+    max_doc_length: int | None = Field(None, ge=0, description="Another name of max_tokens_per_doc.")
+    max_tokens_per_query: int | None = Field(None, ge=0, description="The same for the query.")
     instruct: str | None = Field(
         None, description="What is to be judged; for models that read a prompt, others ignore it. Null: the default."
     )
     instruction: str | None = Field(None, description="Another name of instruct.")
-    model: Any = Field(None, description="Ignored: the server has one model.")
-
-
-class MetaInfo(BaseModel):
-    """What scoring one document took."""
-
-    prompt_tokens: int = Field(description="Tokens of the pair as it was scored, special tokens included.")
-    truncated_tokens: int = Field(description="Tokens of query and document that were cut off. 0: none.")
-
-
-class RerankResult(BaseModel):
-    """One document's place in the ranking."""
-
-    score: float = Field(description="Higher is more relevant. A raw logit for cross-encoders, else in [0, 1].")
-    document: Any = Field(
-        None,
-        description="The document's text, or its parts as they were sent, without the contents of data: URLs; no such "
-        "key with return_documents = false.",
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Its instruction is another name of instruct. Templates cannot be set by requests."
     )
-    index: int = Field(description="The document's place in the request, from 0.")
-    meta_info: MetaInfo
+    raw_scores: bool | None = Field(
+        None, description="True: answer logits; false: their sigmoid. Null: as the dialect's own server does."
+    )
+    use_activation: bool | None = Field(None, description="The opposite of raw_scores.")
+    rank_fields: list[str] | None = Field(
+        None, description="Which fields of documents that are objects are read, in this order. Null: text."
+    )
+    mm_processor_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="Refused unless empty: how images are read is the server's.",
+        json_schema_extra={"maxProperties": 0},
+    )
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The texts in which a dialect's own server refuses requests. None: not refused, or in this server's words."""
+
+    query_missing: str | None = None
+    query_empty: str = "Query cannot be empty"
+    query_blank: str = "Query cannot be empty or whitespace only"
+    documents_missing: str | None = None
+    documents_empty: str = "Documents cannot be empty"
+    document_empty: str | None = None
+    document_blank: str | None = None
+    too_many: str = (
+        "The request has {count} documents; this server takes at most {most} in one request. "
+        "Send them in several requests, or raise the server's max_documents."
+    )
+    too_long: str | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the server takes. sees: images and videos. truncate: whether pairs that are too long are cut, where a
+    request does not say."""
+
+    max_documents: int
+    max_length: int
+    sees: bool
+    truncate: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Rerank:
-    """A request that is in order. top_n: None for all. instruct: None for the server's default. shown: the documents as
-    the answer repeats them."""
+    """A request that is in order, in whatever dialect it came.
+
+    sent: the documents as they came. top_n: None for all. cut: what is left out of the texts. instruct: None for the
+    server's default. raw: whether logits are asked for, None for the dialect's scale. asked, field, at: what the
+    request calls the query, the documents, and each document's place among them; none for the order in which they are.
+    """
 
     query: Side
     documents: list[Side]
-    shown: list[Any]
+    sent: list[Any]
     top_n: int | None
     return_documents: bool
     truncate: bool
+    cut: Cut
     instruct: str | None
+    raw: bool | None
+    asked: str = "query"
+    field: str = "documents"
+    at: Sequence[int] = ()
+
+    def place(self, index: int) -> str:
+        """What the request calls a document."""
+        return f"{self.field}[{self.at[index] if self.at else index}]"
 
     def media(self) -> list[tuple[str, MediaPart]]:
         """The images and videos of query and documents, each with its place, in their order."""
-        sides = [("query", self.query), *((f"documents[{i}]", side) for i, side in enumerate(self.documents))]
-        return [named for place, side in sides for named in media_of(side, place)]
+        named = media_of(self.query, self.asked)
+        for index, side in enumerate(self.documents):
+            if not isinstance(side, str):
+                named += media_of(side, self.place(index))
+        return named
 
     def with_media(self, seen: Sequence[Patches]) -> tuple[Any, list[Any]]:
         """Query and documents with these patches in the places of `media()`."""
@@ -95,110 +161,215 @@ class Rerank:
         return fill(self.query), [fill(side) for side in self.documents]
 
 
-def parse(body: bytes, max_documents: int, sees: bool = False) -> Rerank:
-    """The request in a body of JSON. Raises BadRequest or TooLarge, with the texts that SGLang has for it.
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What an answer is made of. id, created: of the request; created in seconds since 1970.
 
-    sees: whether the model takes images and videos.
+    scores: of every document in the order of the request. logits: whether they are, else probabilities. order: the
+    documents best first, ties in the order of the request, at most top_n. tokens, dropped: of every pair, those scored
+    and those left out.
     """
-    raw = _object(body)
-    documents = raw.get("documents")
-    if isinstance(documents, list) and len(documents) > max_documents:
-        raise TooLarge(
-            f"The request has {len(documents)} documents; this server takes at most {max_documents} in one request. "
-            "Send them in several requests, or raise the server's max_documents."
-        )
-    try:
-        request = RerankRequest.model_validate(raw)
-    except ValidationError as error:
-        # Validation errors quote the input: nothing of them but the place is passed on.
-        raise Malformed(_complaint(error.errors(include_url=False)[0]["loc"], raw, sees)) from None
-    query = read(request.query, "query", sees)
-    if not query:
-        raise BadRequest("Query cannot be empty")
-    if isinstance(query, str) and query.isspace():
-        raise BadRequest("Query cannot be empty or whitespace only")
-    if not request.documents:
-        raise BadRequest("Documents cannot be empty")
-    sides = [read(document, f"documents[{index}]", sees) for index, document in enumerate(request.documents)]
-    if "" in sides:
-        raise BadRequest("Each document must be a non-empty string")
-    if any(isinstance(side, str) and side.isspace() for side in sides):
-        raise BadRequest("Each document cannot be empty or whitespace only")
-    return Rerank(
-        query=query,
-        documents=sides,
-        shown=[
-            side if isinstance(side, str) else without_payloads(sent)
-            for side, sent in zip(sides, raw["documents"], strict=True)
-        ],
-        top_n=request.top_n,
-        return_documents=request.return_documents is not False,
-        truncate=request.truncate is not False and request.truncation is not False,
-        instruct=request.instruct or request.instruction or None,
-    )
+
+    model: str
+    id: str
+    created: int
+    logits: bool
+    scores: list[float]
+    order: list[int]
+    tokens: list[int]
+    dropped: list[int]
 
 
-def answer(request: Rerank, encoded: Sequence[Encoded], logits: np.ndarray, as_logits: bool) -> bytes:
-    """The ranking as JSON: best first, ties in the order of the request.
-
-    logits: finite float32, one a document. as_logits: answer them as they are, else their sigmoid.
-    """
-    values = logits.astype(np.float64)
-    scores = (values if as_logits else np.exp(-np.logaddexp(0, -values))).tolist()
-    order = np.argsort(-values, kind="stable")[: request.top_n].tolist()
-    results: list[dict[str, Any]] = []
-    for index in order:
-        pair = encoded[index]
-        result: dict[str, Any] = {"score": scores[index]}
-        if request.return_documents:
-            result["document"] = request.shown[index]
-        result["index"] = index
-        result["meta_info"] = {"prompt_tokens": len(pair), "truncated_tokens": pair.dropped}
-        results.append(result)
-    return to_json(results)
-
-
-def _object(body: bytes) -> dict[str, Any]:
+def to_object(body: bytes) -> dict[str, Any]:
     """The JSON object in a body. Raises Malformed."""
-    try:
-        raw = json.loads(body.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise Malformed(f"The body is not UTF-8: byte {error.start} is invalid. Send JSON in UTF-8.") from None
-    except RecursionError:
-        raise Malformed("The body's JSON is nested too deeply.") from None
-    except json.JSONDecodeError as error:
-        raise Malformed(f"The body is not JSON: {error.msg}, line {error.lineno} column {error.colno}.") from None
-    except ValueError:  # whole numbers of thousands of digits
-        raise Malformed("The body's JSON holds a number that is too long.") from None
+    raw = load_json(body)
     if not isinstance(raw, dict):
-        raise Malformed(f"The body must be a JSON object with the fields query and documents; got {_kind(raw)}.")
+        raise Malformed(f"The body must be a JSON object with the fields query and documents; got {kind(raw)}.")
     return cast(dict[str, Any], raw)
 
 
+def read_rerank(
+    raw: dict[str, Any], model: type[Options], wording: Wording, *, returns_documents: bool, terms: Terms
+) -> Rerank:
+    """The request in a JSON object. Raises BadRequest or TooManyDocuments.
+
+    model: the dialect's own, with the fields query, and documents or texts; the documents may have either name.
+    returns_documents: whether the dialect answers documents where a request does not say.
+    """
+    own = "texts" if "texts" in model.model_fields else "documents"
+    other = "documents" if own == "texts" else "texts"
+    field = other if raw.get(own) is None and raw.get(other) is not None else own
+    for name, missing in (("query", wording.query_missing), (field, wording.documents_missing)):
+        if raw.get(name) is None and missing:
+            raise Invalid(missing)
+    sent = as_list(raw.get(field))
+    if isinstance(sent, list):
+        check_count(len(sent), wording, terms)
+    ranked = {} if sent is None else {own: ranked_fields(sent, raw.get("rank_fields"), field)}
+    request = validate(model, raw | ranked, terms.sees, {own: field})
+    given = cast(Any, request)
+    query = read_query(given.query, "query", wording, terms)
+    documents = read_documents(getattr(given, own), field, wording, terms)
+    return to_rerank(
+        request, query, documents, cast(list[Any], sent), returns_documents=returns_documents, terms=terms, field=field
+    )
+
+
+def check_count(count: int, wording: Wording, terms: Terms) -> None:
+    """Raise TooManyDocuments for more than the server takes."""
+    if count > terms.max_documents:
+        raise TooManyDocuments(wording.too_many.format(count=count, most=terms.max_documents))
+
+
+def read_query(content: Content, place: str, wording: Wording, terms: Terms) -> Side:
+    """The query. Raises BadRequest for one without anything in it."""
+    query = read(content, place, terms.sees)
+    if not query:
+        raise BadRequest(wording.query_empty)
+    if isinstance(query, str) and query.isspace():
+        raise BadRequest(wording.query_blank)
+    return query
+
+
+def read_documents(contents: Sequence[Content], field: str, wording: Wording, terms: Terms) -> list[Side]:
+    """The documents. Raises BadRequest for none; for empty ones only where the dialect's own server does."""
+    if not contents:
+        raise NoDocuments(wording.documents_empty)
+    sides = [read(content, f"{field}[{index}]", terms.sees) for index, content in enumerate(contents)]
+    if wording.document_empty and "" in sides:
+        raise BadRequest(wording.document_empty)
+    if wording.document_blank and any(isinstance(side, str) and side.isspace() for side in sides):
+        raise BadRequest(wording.document_blank)
+    return sides
+
+
+def to_rerank(
+    request: Options,
+    query: Side,
+    documents: list[Side],
+    sent: list[Any],
+    *,
+    returns_documents: bool = False,
+    terms: Terms,
+    **names: Any,
+) -> Rerank:
+    """What the options ask for. Raises BadRequest for what no server may be asked for."""
+    most = request.truncate_prompt_tokens
+    if most is not None and most > terms.max_length:
+        raise BadRequest(
+            f"truncate_prompt_tokens is {kind(most)}; this model takes at most {terms.max_length} tokens. "
+            "Please request a smaller truncation size."
+        )
+    if request.mm_processor_kwargs:
+        raise BadRequest("mm_processor_kwargs must be empty: how images are read is set where the server is started.")
+    said = [value for value in (request.truncate, request.truncation) if value is not None]
+    side = request.truncation_side or request.truncation_direction or "right"
+    returned = [value for value in (request.return_documents, request.return_text) if value is not None]
+    raw = request.raw_scores
+    if raw is None and request.use_activation is not None:
+        raw = not request.use_activation
+    return Rerank(
+        query=query,
+        documents=documents,
+        sent=sent,
+        top_n=request.top_n or request.top_k or None,
+        return_documents=returned[0] if returned else returns_documents,
+        truncate=False not in said and (bool(said) or most is not None or terms.truncate),
+        cut=Cut(
+            pair=None if most == -1 else most,
+            query=_below(request.max_tokens_per_query, terms.max_length),
+            document=_below(request.max_tokens_per_doc or request.max_doc_length, terms.max_length),
+            keep_end=side.lower() == "left",
+        ),
+        instruct=request.instruct or request.instruction or _instruction(request.chat_template_kwargs or {}) or None,
+        raw=raw,
+        **names,
+    )
+
+
+def _below(most: int | None, max_length: int) -> int | None:
+    """A limit that limits something, else None."""
+    return most if most and most < max_length else None
+
+
+def _instruction(kwargs: dict[str, Any]) -> str | None:
+    """The instruct among the values for a template."""
+    for reserved in ("chat_template", "tools", "tokenize"):
+        if kwargs.get(reserved) is not None:
+            raise BadRequest(f"chat_template_kwargs must not hold {reserved}: templates are set where a server starts.")
+    for name in ("instruction", "instruct"):
+        if (value := kwargs.get(name)) is not None:
+            if isinstance(value, str):
+                return value
+            raise Invalid(f"chat_template_kwargs.{name} must be a string or null; got {kind(value)}.")
+    return None
+
+
+_PARTS = set(HOLDS) - {"text"}
+
+
+def ranked_fields(documents: Any, fields: Any, field: str) -> Any:
+    """Documents that are objects as the text of their `fields`, joined by newlines. Raises BadRequest."""
+    if not (isinstance(fields, list) and fields and isinstance(documents, list)):
+        return documents
+    names = [name for name in fields if isinstance(name, str)]
+
+    def text(index: int, document: Any) -> Any:
+        if not isinstance(document, dict) or not _PARTS.isdisjoint(document):
+            return document
+        values = [document[name] for name in names if document.get(name) is not None]
+        if not values:
+            raise BadRequest(f"{field}[{index}] has none of the fields that rank_fields names.")
+        if not all(isinstance(value, str | int | float) for value in values):
+            raise BadRequest(f"{field}[{index}] has arrays or objects in rank_fields, which must be texts or numbers.")
+        return "\n".join(value if isinstance(value, str) else json.dumps(value) for value in values)
+
+    return [text(index, document) for index, document in enumerate(documents)]
+
+
+def validate(model: type[Options], raw: dict[str, Any], sees: bool, names: dict[str, str] | None = None) -> Options:
+    """The model of a JSON object, null standing for defaults. Raises Invalid. names: fields as the request has them."""
+    try:
+        return model.model_validate({name: value for name, value in raw.items() if value is not None})
+    except ValidationError as error:
+        # Validation errors quote the input: nothing of them but the place is passed on.
+        place = error.errors(include_url=False)[0]["loc"]
+    field = str(place[0]) if place else ""
+    shown = (names or {}).get(field, field)
+    content = allowed(sees)
+    if field in ("query", "documents", "texts", "queries", "items", "data_1", "data_2", "text_1", "text_2"):
+        may = content if field == "query" else f"an array of documents, each {content}"
+    else:
+        may = _ALLOWED.get(field, "of the type that the documentation says")
+    if raw.get(field) is None and field not in raw:
+        raise Invalid(f"The field {shown} is missing: it must be {may}.")
+    if len(place) > 1 and isinstance(place[1], int) and isinstance(raw[field], list):
+        raise Invalid(f"{shown}[{place[1]}] must be {content}; got {kind(raw[field][place[1]])}.")
+    raise Invalid(f"{shown} must be {may}; got {kind(raw[field])}.")
+
+
+_WHOLE = "a whole number of at least 1, or null for all"
+_TRUTH = "true, false or null"
+_TEXT = "a string or null"
 _ALLOWED = {
-    "top_n": "a whole number of at least 1, or null for all",
-    "return_documents": "true, false or null",
-    "truncate": "true, false or null",
-    "truncation": "true, false or null",
-    "instruct": "a string or null",
-    "instruction": "a string or null",
+    "top_n": _WHOLE,
+    "top_k": _WHOLE,
+    **dict.fromkeys(
+        ("return_documents", "return_text", "truncate", "truncation", "raw_scores", "use_activation"), _TRUTH
+    ),
+    **dict.fromkeys(("apply_softmax", "item_first"), _TRUTH),
+    **dict.fromkeys(("instruct", "instruction", "prompt", "content"), _TEXT),
+    **dict.fromkeys(
+        ("max_tokens_per_doc", "max_doc_length", "max_tokens_per_query"), "a whole number of at least 0, or null"
+    ),
+    **dict.fromkeys(("truncation_side", "truncation_direction"), '"left", "right" or null'),
+    **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs"), "an object or null"),
+    "truncate_prompt_tokens": "a whole number of at least -1, or null",
+    "rank_fields": "an array of strings, or null",
 }
 
 
-def _complaint(place: tuple[int | str, ...], raw: dict[str, Any], sees: bool) -> str:
-    """What is wrong at the place that a validation error names, in terms of the request's own fields."""
-    content = allowed(sees)
-    may = {**_ALLOWED, "query": content, "documents": f"an array of documents, each {content}"}
-    field = str(place[0]) if place else ""
-    if field not in raw:
-        return f"The field {field} is missing: it must be {may[field]}."
-    if field == "documents" and len(place) > 1:
-        index = cast(int, place[1])
-        return f"documents[{index}] must be {content}; got {_kind(raw[field][index])}."
-    return f"{field} must be {may[field]}; got {_kind(raw[field])}."
-
-
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """What a JSON value is, without quoting it, but for small numbers."""
     match value:
         case None:

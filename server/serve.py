@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-import uvicorn
-
+from jaxrank.server import logs
 from jaxrank.server.app import Scorer, create_app
+from jaxrank.server.connections import Config, Server, allow_open_files
 
 log = logging.getLogger(__name__)
 
 
-def serve(reranker: Scorer, host: str = "127.0.0.1", port: int = 30000, *, drain_s: int = 30, **settings: Any) -> int:
+def serve(
+    reranker: Scorer,
+    host: str = "127.0.0.1",
+    port: int = 30000,
+    *,
+    shutdown_grace_s: float = 30.0,
+    max_connections: int = 1000,
+    head_timeout_s: float = 15.0,
+    write_timeout_s: float = 60.0,
+    max_header_bytes: int = 32_768,
+    log_format: str = "text",
+    **settings: Any,
+) -> int:
     """Serve `reranker` on host:port until Ctrl-C or SIGTERM, then finish what was accepted and return 0.
 
-    port: 0 picks a free one, which the log names. drain_s: most seconds to finish in. settings: as create_app takes
-    them. Raises SystemExit, with the reason as its text and so status 1, when the port cannot be had or the model
-    cannot be warmed up.
+    port: 0 picks a free one, which the log names. shutdown_grace_s: to finish in; what is left then is answered 503.
+    max_connections, head_timeout_s, write_timeout_s: see connections.Config. log_format: "text" or "json". settings: as
+    create_app takes them. Raises SystemExit, with the reason as its text and so status 1, when the port cannot be had
+    or the model cannot be warmed up.
     """
     failures: list[BaseException] = []
 
@@ -31,20 +44,19 @@ def serve(reranker: Scorer, host: str = "127.0.0.1", port: int = 30000, *, drain
         failures.append(error)
         server.should_exit = True
 
-    with _log_to_stderr(), contextlib.closing(_listen(host, port)) as listener:
-        app = create_app(reranker, on_failure=stop, **settings)
-        config = uvicorn.Config(
+    with logs.to_stderr(log_format), contextlib.closing(_listen(host, port)) as listener:
+        told = {"on_ready": forget_garbage, "on_failure": stop}
+        app = create_app(reranker, max_header_bytes=max_header_bytes, **told, **settings)
+        config = Config(
             app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,  # the application writes its own, without user text
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            lifespan="on",
-            timeout_graceful_shutdown=drain_s,
+            max_connections=max_connections,
+            max_header_bytes=max_header_bytes,
+            head_timeout_s=head_timeout_s,
+            write_timeout_s=write_timeout_s,
+            shutdown_grace_s=shutdown_grace_s,
         )
-        server = uvicorn.Server(config)
+        allow_open_files(max_connections)
+        server = Server(config)
         log.info("listening on %s port %d", *listener.getsockname()[:2])
         with contextlib.suppress(KeyboardInterrupt), _sigterm_as_ctrl_c():
             server.run(sockets=[listener])
@@ -52,6 +64,13 @@ def serve(reranker: Scorer, host: str = "127.0.0.1", port: int = 30000, *, drain
     if failures:
         raise SystemExit(f"jaxrank: scoring stopped: {type(failures[0]).__name__}: {failures[0]}")
     return 0
+
+
+def forget_garbage() -> None:
+    """Keep what is there now out of Python's garbage collections: JAX's and the models' objects live as long as the
+    process, and a look at all of them would stop the event loop for 0.3 s again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -69,25 +88,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"jaxrank: cannot listen on {host} port {port}: {reason}. Choose another port, or stop what uses this one."
         ) from None
     return listener
-
-
-@contextlib.contextmanager
-def _log_to_stderr() -> Iterator[None]:
-    """Show the server's log lines, unless the program has set up logging itself."""
-    logger = logging.getLogger("jaxrank")
-    if logger.hasHandlers():
-        yield
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager

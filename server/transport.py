@@ -1,43 +1,43 @@
-"""Bytes and connections: reading a body within limits, noticing that a client left, the outermost layer of the app."""
+"""Bytes and connections: reading a body within limits, the outermost layer of the application."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxrank.server.errors import ClientGone, Malformed, Refusal, TooLarge, internal_error
+from jaxrank.server.errors import ClientGone, LargeHead, Malformed, SlowBody, TooLarge, internal_error
+from jaxrank.server.metrics import Metrics, Stages
+from jaxrank.server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("jaxrank.access")
 
-PROBES = ("/health", "/ready")
-"""What load balancers ask every second: logged at level DEBUG."""
+PROBES = ("/health", "/ready", "/metrics")
+"""What load balancers and Prometheus ask all the time: logged at level DEBUG."""
+
+LARGE_BYTES = 500_000
+"""Bodies of this size and their answers are put together in threads: megabytes of new memory take tens of milliseconds,
+which the event loop does not have."""
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
-class SlowBody(Refusal):
-    """A body that does not arrive in time."""
+async def read_body(
+    request: Request, limit: int, timeout_s: float, take: Callable[[int], None] = lambda size: None
+) -> bytes:
+    """The request's body. Raises TooLarge, SlowBody, Malformed (content type), ClientGone, or what `take` raises.
 
-    status = 408
-    type = "RequestTimeout"
-
-
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """The request's body. Raises TooLarge, SlowBody, Malformed (content type) or ClientGone.
-
-    A body over the limit is read on for a while and thrown away, because most clients send all of it before they
-    look for an answer and would otherwise see a broken connection.
+    take: told of every piece before it is kept. A body over the limit is read on for a while and thrown away, because
+    most clients send all of it before they look for an answer and would otherwise see a broken connection.
     """
     _check_headers(request)
     declared = request.headers.get("content-length", "")
@@ -51,6 +51,7 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
             async for chunk in request.stream():
                 received += len(chunk)
                 if max(received, size) <= limit:
+                    take(len(chunk))
                     chunks.append(chunk)
                 else:
                     chunks.clear()
@@ -62,7 +63,9 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
         raise ClientGone from None
     if max(received, size) > limit:
         raise _too_large(limit)
-    return b"".join(chunks)
+    if received < LARGE_BYTES:
+        return b"".join(chunks)
+    return await asyncio.to_thread(b"".join, chunks)
 
 
 _GRACE_BYTES = 32_000_000
@@ -84,47 +87,30 @@ def _check_headers(request: Request) -> None:
         raise Malformed("The Content-Encoding must be identity: send the body uncompressed.")
 
 
-@contextlib.asynccontextmanager
-async def while_connected(request: Request) -> AsyncIterator[None]:
-    """Cancel the block when the client closes the connection. Raises ClientGone then. The body must have been read."""
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
-
-    def leave(_: asyncio.Task[None]) -> None:
-        nonlocal gone
-        gone = True
-        task.cancel()
-
-    watch = asyncio.create_task(_gone(request.receive))
-    watch.add_done_callback(leave)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone and not task.uncancel():
-            raise ClientGone from None
-        raise
-    finally:
-        watch.remove_done_callback(leave)
-        watch.cancel()
-
-
-async def _gone(receive: Receive) -> None:
-    """Return when the client has closed the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 class Envelope:
-    """The outermost layer: a request id on every answer, one line in the access log, nothing unforeseen gets out.
+    """The outermost layer: a request id on every answer, headers within limits, one line in the access log, one count
+    in the metrics, one span in the traces; nothing unforeseen gets out.
 
     A client's own X-Request-Id is kept when it is 1 to 128 printable ASCII characters. The access log is the logger
     jaxrank.access, one line a request, without a query string and with the path escaped and cut; probes at DEBUG.
+    state["dialect"], where a route has set it, is the label of a request that scores.
     """
 
-    def __init__(self, app: ASGIApp, access_log: bool = True) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        tracing: Tracing | None = None,
+        access_log: bool = True,
+        max_headers: int = 100,
+        max_header_bytes: int = 32_768,
+    ) -> None:
         self.app = app
+        self.metrics = metrics
+        self.tracing = tracing
         self.access_log = access_log
+        self.max_headers = max_headers
+        self.max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,7 +118,9 @@ class Envelope:
             return
         started = time.perf_counter()
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        span = None if self.tracing is None else self.tracing.begin(scope, request_id.decode())
+        state = scope.setdefault("state", {})
+        state |= {"request_id": request_id.decode(), "stages": Stages(self.metrics, span)}
         status = 0
 
         async def stamped(message: Message) -> None:
@@ -143,7 +131,10 @@ class Envelope:
             await send(message)
 
         try:
-            await self.app(scope, receive, stamped)
+            if self._head_is_large(scope):
+                await self._large_head().response()(scope, receive, stamped)
+            else:
+                await self.app(scope, receive, stamped)
         except ClientGone:
             status = 499  # as nginx logs it; there is nobody to send it to
         except Exception as error:
@@ -151,8 +142,26 @@ class Envelope:
             if not status:
                 await internal_error(request_id.decode())(scope, receive, stamped)
         finally:
+            seconds, dialect = time.perf_counter() - started, state.get("dialect", "none")
+            self.metrics.request(dialect, status, seconds)
+            if span is not None:
+                span.finish(status, dialect)
             if self.access_log:
-                _log_access(scope, status, time.perf_counter() - started, request_id)
+                _log_access(scope, status, seconds, request_id, dialect)
+
+    def _head_is_large(self, scope: Scope) -> bool:
+        headers = scope["headers"]
+        size = len(scope["raw_path"] or b"") + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in headers)
+        return len(headers) > self.max_headers or size > self.max_header_bytes
+
+    def _large_head(self) -> LargeHead:
+        self.metrics.refusal(LargeHead.__name__)
+        return LargeHead(
+            f"The request's address and headers are too large. Send at most {self.max_headers} headers and "
+            f"{self.max_header_bytes} bytes.",
+            headers={"Connection": "close"},
+        )
 
 
 def _request_id(scope: Scope) -> bytes:
@@ -164,14 +173,21 @@ def _request_id(scope: Scope) -> bytes:
 
 def _log_crash(request_id: bytes, error: Exception) -> None:
     """Log where and of what type an unforeseen error was. Its text may quote the request, so it is left out."""
+    identity = request_id.decode()
     frames = "".join(traceback.format_tb(error.__traceback__))
-    log.error("request %s: unforeseen %s\n%s", request_id.decode(), type(error).__name__, frames)
+    fields = {"request_id": identity}
+    log.error("request %s: unforeseen %s\n%s", identity, type(error).__name__, frames, extra={"fields": fields})
 
 
-def _log_access(scope: Scope, status: int, seconds: float, request_id: bytes) -> None:
+def _log_access(scope: Scope, status: int, seconds: float, request_id: bytes, dialect: str) -> None:
     client = (scope.get("client") or ("-",))[0]
     path = quote(scope["path"])[:80]
     level = logging.DEBUG if path in PROBES else logging.INFO
-    access.log(
-        level, "%s %s %s %d %.1fms %s", client, scope["method"], path, status, seconds * 1000, request_id.decode()
-    )
+    if access.isEnabledFor(level):
+        milliseconds, identity = round(seconds * 1000, 1), request_id.decode()
+        fields = {
+            "request_id": identity, "client": client, "method": scope["method"], "path": path, "status": status,
+            "ms": milliseconds, "dialect": dialect,
+        }  # fmt: skip
+        line = (client, scope["method"], path, status, milliseconds, identity)
+        access.log(level, "%s %s %s %d %.1fms %s", *line, extra={"fields": fields})

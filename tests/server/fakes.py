@@ -7,16 +7,19 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 
 from jaxrank.errors import RequestError, TooLongError
+from jaxrank.media import Preprocessing
 from jaxrank.server import create_app
-from jaxrank.types import Encoded
+from jaxrank.server.connections import Config, Server
+from jaxrank.stages import Stages
+from jaxrank.tokens import NO_CUT, Cut, Token, check_text
+from jaxrank.types import Encoded, Work
 
 
 class FakeReranker:
@@ -36,13 +39,19 @@ class FakeReranker:
         warm_up: Callable[[Callable[[str], None]], None] = lambda progress: None,
     ) -> None:
         self.name = "fake/reranker"
-        self.preprocessing = None
+        self.devices = "1 device (fake)"
+        self.dtype = "float32"
+        self.preprocessing: Preprocessing | None = None
         self.max_length = 500
         self.row_tokens = row_tokens
         self.scores_are_logits = logits
         self.takes_instruct = not logits
         self.instructs: list[str | None] = []
+        self.cuts: list[Cut] = []
         self.compilations = 0
+        self.compiled = (0, 0)
+        self.stages = Stages()
+        self.work = Work()
         self.delay_s = delay_s
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
@@ -54,26 +63,44 @@ class FakeReranker:
         self._warm_up(progress or (lambda text: None))
 
     def encode(
-        self, query: str, documents: Sequence[str], *, truncate: bool = True, instruct: str | None = None
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        truncate: bool = True,
+        cut: Cut = NO_CUT,
+        instruct: str | None = None,
     ) -> list[Encoded]:
         self.instructs.append(instruct)
         if "refuse" in query:
             raise RequestError("the query says so; ask for something else")
         if "crash" in query:
             raise ValueError(f"secret {query}")
-        room = self.max_length - len(query)
-        if not truncate and any(len(document) > room for document in documents):
-            raise TooLongError("one pair is too long")
-        return [self._encode(document, room) for document in documents]
+        self.cuts.append(cut)
+        limit = min(cut.pair or self.max_length, self.max_length)
+        room = limit - len(query)
+        for document in documents:
+            length = len(query) + min(len(document), cut.document or len(document))
+            if not truncate and length > limit:
+                raise TooLongError("one pair is too long", length, limit)
+        return [self._encode(document, min(cut.document or room, room), cut.keep_end) for document in documents]
 
-    def _encode(self, document: str, room: int) -> Encoded:
-        codes = np.fromiter(map(ord, document[:room]), np.int32)
-        return Encoded(codes, dropped=len(document) - len(codes))
+    def _encode(self, document: str, room: int, keep_end: bool) -> Encoded:
+        kept = document[max(len(document) - room, 0) :] if keep_end else document[:room]
+        return Encoded(np.fromiter(map(ord, kept), np.int32), dropped=len(document) - len(kept))
+
+    def render(self, pair: Encoded) -> str:
+        return "".join(map(chr, pair.tokens))
+
+    def tokens_of(self, text: str) -> list[Token]:
+        return [Token(ord(character), character, i, i + 1) for i, character in enumerate(check_text(text, "text"))]
 
     def score_encoded(self, encoded: Sequence[Encoded]) -> np.ndarray:
         self.waiting.set()
         self.gate.wait()
-        self.batches.append([len(pair) for pair in encoded])
+        tokens = [len(pair) for pair in encoded]
+        self.batches.append(tokens)
+        self.work = self.work.plus(self.row_tokens, sum(tokens), sum(tokens))
         if self.delay_s:
             time.sleep(self.delay_s)
         return np.array([_logit("".join(map(chr, pair.tokens))) for pair in encoded], np.float32)
@@ -89,11 +116,20 @@ def _logit(document: str) -> float:
 
 
 @contextlib.contextmanager
-def serving(reranker: Any, *, wait: bool = True, patience_s: float = 10, **settings: Any) -> Iterator[str]:
-    """A uvicorn server in a thread, on a free port; yields its base URL, once it is ready unless wait = False."""
+def serving(
+    reranker: Any,
+    *,
+    wait: bool = True,
+    patience_s: float = 10,
+    connections: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """A server in a thread, on a free port; yields its base URL, once it is ready unless wait = False.
+
+    connections: settings of connections.Config; the others are create_app's.
+    """
     app = create_app(reranker, **{"batch_rows": 1, **settings})
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="on")
-    server = uvicorn.Server(config)
+    server = Server(Config(app, **(connections or {})))
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         url = "http://{}:{}".format(*listener.getsockname())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -50,7 +50,7 @@ class TestRoutes:
         assert body["object"] == "list"
         assert [(model["id"], model["max_model_len"]) for model in body["data"]] == [("fake/reranker", 500)]
 
-    @pytest.mark.parametrize("path", ["/", "/nope", "/v1/rerank/", "/v1", "/health/", "/%0a%0dx", "/redoc"])
+    @pytest.mark.parametrize("path", ["/nope", "/v1/rerank/", "/v1", "/health/", "/%0a%0dx", "/redoc"])
     def test_unknown_routes(self, url: str, path: str) -> None:
         response = httpx.post(url + path, json=GOOD)
         assert response.status_code == 404
@@ -58,7 +58,8 @@ class TestRoutes:
         assert response.json()["type"] == "NotFound"
 
     @pytest.mark.parametrize(
-        "method, path, allowed", [("GET", "/v1/rerank", {"POST", "PUT"}), ("POST", "/health", {"GET"})]
+        "method, path, allowed",
+        [("GET", "/v1/rerank", {"POST", "PUT"}), ("POST", "/health", {"GET"}), ("POST", "/", {"GET"})],
     )
     def test_wrong_methods(self, url: str, method: str, path: str, allowed: set[str]) -> None:
         response = httpx.request(method, url + path)
@@ -71,11 +72,14 @@ class TestRoutes:
         document = httpx.get(url + "/openapi.json").json()
         schemas = document["components"]["schemas"]
         operation = document["paths"]["/v1/rerank"]["post"]
-        assert set(operation["responses"]) == {"200", "400", "401", "408", "413", "500", "503"}
-        assert set(schemas) >= {"RerankRequest", "RerankResult", "MetaInfo", "Part", "ErrorBody", "Ready"}
+        tei = {"422", "424"}
+        expected = {"200", "400", "408", "413", "429", "431", "500", "503", "504"} | tei
+        assert set(operation["responses"]) == expected
+        names = {"SglangRequest", "SglangResult", "CohereRequest", "MetaInfo", "Part", "ErrorBody", "TeiError", "Ready"}
+        assert set(schemas) >= names
         references = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
         assert references <= set(schemas)
-        for name in ("RerankRequest", "RerankResult"):
+        for name in ("SglangResult", "MetaInfo"):
             fields = schemas[name]["properties"]
             assert all("description" in field or "$ref" in field for field in fields.values())
 
@@ -119,7 +123,7 @@ class TestKeys:
         assert response.status_code == status
         if status == 401:
             body = response.json()
-            assert (body["error"], body["object"], body["code"]) == ("Unauthorized", "error", 401)
+            assert (body["error"]["type"], body["object"], body["code"]) == ("Unauthorized", "error", 401)
             assert response.headers["www-authenticate"] == "Bearer"
 
     def test_which_routes_are_open(self, guarded: str) -> None:

@@ -112,17 +112,50 @@ class TestRequests:
             ({"instruct": ""}, "Find animals"),
             ({"instruct": "Find cities"}, "Find cities"),
             ({"instruction": "Find cities"}, "Find cities"),
+            ({"chat_template_kwargs": {"instruction": "Find cities", "enable_thinking": False}}, "Find cities"),
         ):
             want = published(folder, body["query"], TEXT, instruct)
-            np.testing.assert_allclose(scores(rerank(url, body | fields)), want, atol=1e-5)
+            np.testing.assert_allclose(scores(rerank(url + "/sglang", body | fields)), want, atol=1e-5)
 
     def test_framed_by_the_client(self, url: str, folder: Path) -> None:
-        """As vLLM-Ascend's example does; documents come back as they were sent."""
+        """As vLLM-Ascend's example does, in vLLM's dialect; documents come back as they were sent."""
         query = f"{PREFIX}<Instruct>: Find cities\n<Query>: Where is Paris?\n"
         documents = [f"<Document>: {text}<|im_end|>\n<|im_start|>assistant\n" for text in TEXT]
         answer = rerank(url, {"query": query, "documents": documents})
-        np.testing.assert_allclose(scores(answer), published(folder, "Where is Paris?", TEXT, "Find cities"), atol=1e-5)
-        assert sorted(result["document"] for result in answer.json()) == sorted(documents)
+        assert answer.status_code == 200, answer.text
+        results = sorted(answer.json()["results"], key=lambda result: result["index"])
+        got = [result["relevance_score"] for result in results]
+        np.testing.assert_allclose(got, published(folder, "Where is Paris?", TEXT, "Find cities"), atol=1e-5)
+        assert [result["document"] for result in results] == [{"text": text, "multi_modal": None} for text in documents]
+
+    def test_the_prompt_as_the_model_sees_it(self, url: str, folder: Path) -> None:
+        body = {"query": "Where?", "documents": ["Paris </s>", "x"], "instruct": "Find cities"}
+        shown = httpx.post(url + "/tokenize?render=true", json=body).json()
+        script = Script(folder)
+        assert shown["tokens"] == [script.ids("Where?", text, "Find cities") for text in body["documents"]]
+        assert shown["count"] == sum(map(len, shown["tokens"]))
+        end = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        middle = "<Instruct>: Find cities\n<Query>: Where?\n<Document>: "
+        assert shown["prompts"] == [f"{PREFIX}{middle}{text}{end}" for text in body["documents"]]
+        plain = httpx.post(url + "/tokenize", json={"prompt": "Where?"}).json()
+        assert plain["tokens"] == script.tokenizer.encode("Where?", add_special_tokens=False)
+
+    def test_limits_of_query_and_document(self, url: str, folder: Path) -> None:
+        """Scores of texts that the request has cut are those of the shorter texts."""
+        tokenizer = Script(folder).tokenizer
+        query, documents = " ".join(TEXT), [" ".join(TEXT) * 3, TEXT[0]]
+
+        def first(text: str, most: int) -> str:
+            places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            return text[: places[most][0]] if len(places) > most else text
+
+        body = {"query": query, "documents": documents, "max_tokens_per_query": 9, "max_tokens_per_doc": 20}
+        answer = httpx.post(url + "/rerank", json=body, timeout=60).json()
+        got = [r["relevance_score"] for r in sorted(answer["results"], key=lambda result: result["index"])]
+        asked, texts = first(query, 9), [first(text, 20) for text in documents]
+        np.testing.assert_allclose(got, published(folder, asked, texts, "Find animals"), atol=1e-5)
+        script = Script(folder)
+        assert answer["usage"]["prompt_tokens"] == sum(len(script.ids(asked, t, "Find animals")) for t in texts)
 
     def test_long_documents_keep_the_frame(self, url: str, folder: Path) -> None:
         long = " ".join(TEXT) * 20

@@ -81,7 +81,7 @@ class TestAnswer:
         assert rerank(url, {**GOOD, **nulls}).json() == rerank(url, GOOD).json()
 
     def test_unknown_fields_are_ignored(self, url: str) -> None:
-        extra = {"model": 5, "instruct": "x", "rank_fields": [{}], "max_tokens_per_doc": "?", "\ud800": "\ud800"}
+        extra = {"model": 5, "instruct": "x", "priority": [{}], "user": None, "cache_salt": "?", "\ud800": "\ud800"}
         assert rerank(url, {**GOOD, **extra}).json() == rerank(url, GOOD).json()
 
     def test_documents_as_objects_and_parts(self, url: str) -> None:
@@ -142,7 +142,7 @@ class TestRefusals:
         "field, values",
         [
             ("query", [None, 5, True, {}, {"text": 5}, ["a"], [{"type": "text"}], [[{"text": "a"}]]]),
-            ("documents", [None, "a", 5, {"text": "a"}, [None], [5], [["a"]], [{}], [{"text": None}], [[[]]]]),
+            ("documents", [None, 5, True, {}, [None], [5], [["a"]], [{}], [{"text": None}], [[[]]]]),
             ("top_n", ["x", "", 1.5, [1], {}, 0, -1, -(10**30), float("nan"), float("inf")]),
             ("return_documents", ["perhaps", 2, [True], {}]),
             ("truncate", ["perhaps", 2, [], {}]),
@@ -228,7 +228,9 @@ class TestRefusals:
     def test_errors_do_not_echo_the_request(self, url: str) -> None:
         secret = "hunter2" * 200
         for body in (
-            {"query": secret, "documents": secret},
+            {"query": secret, "documents": {secret: secret}},
+            {"query": secret, "documents": ["a"], "truncation_side": secret, "rank_fields": secret},
+            {"query": secret, "documents": [{secret: secret}], "rank_fields": ["other"]},
             {"query": [secret], "documents": [{secret: secret}]},
             {"query": "q", "documents": [[{"type": secret, "text": "a"}]], "top_n": secret},
             {"query": {secret: 1}, "documents": ["a"]},

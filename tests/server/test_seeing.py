@@ -17,6 +17,7 @@ from PIL import Image
 
 from jaxrank import Reranker
 from jaxrank.media import Limits
+from jaxrank.server.dialects.resolve import DIALECTS
 from jaxrank.server.fetch import MediaAccess
 from tests.checkpoints import make_qwen3_vl
 from tests.media import clip, encoded, photo
@@ -123,7 +124,7 @@ class TestForms:
             {"content": [image_part(data)]},
             {"content": [{"type": "text", "text": ""}, {"image": data}]},
         ]
-        got = scores(rerank(url, {"query": "q", "documents": forms}))
+        got = scores(rerank(url + "/sglang", {"query": "q", "documents": forms}))
         np.testing.assert_allclose(got, np.full(len(forms), got[0]), atol=1e-5)
         frames = [f"{web}/{i}.png" for i in range(4)]
         assert scores(rerank(url, {"query": "q", "documents": [{"type": "video", "video": frames}]})).shape == (1,)
@@ -153,6 +154,56 @@ class TestCost:
 
     def test_nothing_is_compiled_while_serving(self, url: str) -> None:
         assert httpx.get(url + "/ready").json()["compilations_after_ready"] == 0
+
+
+class TestDialects:
+    def test_tokens_of_media_are_counted_and_shown(self, url: str, web: str, reranker: Reranker) -> None:
+        documents: list[Any] = ["text", [image_part(f"{web}/1.png")], {"video": f"{web}/clip.mp4"}]
+        body = {
+            "query": {"content": [{"type": "text", "text": "q"}, image_part(f"{web}/0.png")]},
+            "documents": documents,
+        }
+        answer = httpx.post(url + "/v1/rerank", json=body, timeout=60).json()
+        ours = ["text", {"image": FILES["/1.png"]}, {"video": FILES["/clip.mp4"]}]
+        pairs = reranker.encode(["q", {"image": FILES["/0.png"]}], ours)
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, pairs))
+        shown = httpx.post(url + "/tokenize?render=true", json=body, timeout=60).json()
+        assert shown["count"] == answer["usage"]["prompt_tokens"]
+        pads = [(prompt.count("<|image_pad|>"), prompt.count("<|video_pad|>")) for prompt in shown["prompts"]]
+        one = pads[0][0]
+        assert one > 0
+        assert pads[1][0] > one
+        assert pads[2][1] > 0
+
+    def test_pairs_of_media(self, url: str, web: str) -> None:
+        """Each query with its own document, media fetched once a request."""
+        sides: list[Any] = [{"image": f"{web}/1.png"}, "text", {"image": f"{web}/2.png"}]
+        answer = httpx.post(url + "/score", json={"data_1": sides, "data_2": sides[::-1]}, timeout=60).json()
+        got = [one["score"] for one in answer["data"]]
+        for i in range(3):
+            alone = httpx.post(
+                url + "/rerank", json={"query": sides[i], "documents": [sides[2 - i]]}, timeout=60
+            ).json()
+            assert got[i] == pytest.approx(alone["results"][0]["relevance_score"], abs=1e-5)
+        wrong = {"text_1": ["a", "b"], "text_2": ["a", {"image": f"{web}/page.jpg"}]}
+        refused = httpx.post(url + "/score", json=wrong, timeout=60)
+        assert refused.json()["message"].startswith("text_2[1][0] is not an image")
+
+    def test_documents_and_refusals(self, url: str, web: str) -> None:
+        documents = [
+            {"text": "a", "id": 1},
+            {"image": f"{web}/1.png", "id": 2},
+            [{"text": "b"}, image_part(f"{web}/2.png")],
+        ]
+        answer = httpx.post(url + "/jina/v1/rerank", json={"query": "q", "documents": documents}, timeout=60).json()
+        assert [r["document"] for r in sorted(answer["results"], key=lambda r: r["index"])] == [
+            {"text": "a", "id": 1, "multi_modal": None},
+            {"image": f"{web}/1.png", "id": 2, "text": None, "multi_modal": [documents[1]]},
+            {"text": "b", "multi_modal": documents[2]},
+        ]
+        bad = {"query": "q", "documents": [{"image": f"{web}/page.jpg"}]}
+        statuses = {name: httpx.post(f"{url}/{name}/rerank", json=bad, timeout=60).status_code for name in DIALECTS}
+        assert statuses == {name: 400 if name in ("sglang", "llamacpp") else 422 for name in DIALECTS}
 
 
 class TestRefused:

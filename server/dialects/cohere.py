@@ -1,0 +1,38 @@
+"""Cohere: /v1/rerank and /v2/rerank. Its clients ask again at 429, and look for `message` in errors."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from jaxrank.server.content import Content
+from jaxrank.server.dialects.dialect import BUSY, Dialect
+from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
+from jaxrank.server.schema import Documents, Options, Wording
+
+
+class CohereRequest(Options):
+    """A query and the documents to rank for it: texts, or objects of which rank_fields are read."""
+
+    query: Content
+    documents: Documents
+    return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
+    max_chunks_per_doc: int | None = Field(None, description="No effect: documents are scored whole.")
+
+
+COHERE = Dialect(
+    name="cohere",
+    title="Cohere",
+    request=CohereRequest,
+    answer=object_answer,
+    answered=ObjectAnswer,
+    returns_documents=False,
+    wording=Wording(
+        query_missing="invalid request: query must not be empty or be only whitespace",
+        query_empty="invalid request: query must not be empty or be only whitespace",
+        query_blank="invalid request: query must not be empty or be only whitespace",
+        documents_missing="invalid request: list of documents must not be empty",
+        documents_empty="invalid request: list of documents must not be empty",
+        too_many="invalid request: too many documents, got {count}, and this server takes at most {most}",
+    ),
+    refusals=BUSY,
+)

@@ -1,0 +1,40 @@
+"""Infinity: POST /rerank, answered with an object whose documents are texts; GET /models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from jaxrank.server.content import Content
+from jaxrank.server.dialects.dialect import BUSY, Dialect
+from jaxrank.server.dialects.objects import ObjectAnswer, object_answer, text_of
+from jaxrank.server.schema import Documents, Options, Rerank, Scored
+
+
+class InfinityRequest(Options):
+    """A query and the documents to rank for it."""
+
+    query: Content
+    documents: Documents
+    return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
+
+
+def answer(request: Rerank, scored: Scored) -> dict[str, Any]:
+    """The object, with texts instead of documents that are objects."""
+    content = object_answer(request, scored)
+    for result in content["results"]:
+        if request.return_documents:
+            result["document"] = text_of(request.documents[result["index"]])
+    return content | {"id": f"infinity-{scored.id}"}
+
+
+INFINITY = Dialect(
+    name="infinity",
+    title="Infinity",
+    request=InfinityRequest,
+    answer=answer,
+    answered=ObjectAnswer,
+    returns_documents=False,
+    refusals=BUSY,
+)

@@ -1,0 +1,25 @@
+"""Jina: /v1/rerank. Documents come back unless told otherwise; its clients look for `detail` in errors."""
+
+from __future__ import annotations
+
+from jaxrank.server.content import Content
+from jaxrank.server.dialects.dialect import BUSY, Dialect
+from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
+from jaxrank.server.schema import Documents, Options
+
+
+class JinaRequest(Options):
+    """A query and the documents to rank for it: texts, {"text": ...} or {"image": address} objects."""
+
+    query: Content
+    documents: Documents
+
+
+JINA = Dialect(
+    name="jina",
+    title="Jina",
+    request=JinaRequest,
+    answer=object_answer,
+    answered=ObjectAnswer,
+    refusals=BUSY,
+)

@@ -1,0 +1,63 @@
+"""llama.cpp's server: /rerank, /reranking, /v1/rerank and /v1/reranking. Cross-encoders' scores are logits; documents
+come back only where that is asked for; errors have types of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from jaxrank.server.content import Content
+from jaxrank.server.dialects import tei
+from jaxrank.server.dialects.dialect import Dialect
+from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
+from jaxrank.server.errors import (
+    BadMedia,
+    BadRequest,
+    NotFound,
+    NotSupported,
+    ScoringFailed,
+    TooLong,
+    Unauthorized,
+    Unavailable,
+)
+from jaxrank.server.schema import Documents, Options, Rerank, Scored, Wording
+
+
+class LlamacppRequest(Options):
+    """A query and the documents to rank for it."""
+
+    query: Content
+    documents: Documents
+    return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
+
+
+def answer(request: Rerank, scored: Scored) -> Any:
+    """The object; TEI's array where the documents were called texts."""
+    return tei.answer(request, scored) if request.field == "texts" else object_answer(request, scored)
+
+
+LLAMACPP = Dialect(
+    name="llamacpp",
+    title="llama.cpp",
+    request=LlamacppRequest,
+    answer=answer,
+    answered=ObjectAnswer | list[tei.TeiResult],
+    raw_scores=True,
+    returns_documents=False,
+    wording=Wording(
+        query_missing='"query" must be provided',
+        documents_missing='"documents" must be a non-empty string array',
+        documents_empty='"documents" must be a non-empty string array',
+    ),
+    refusals={
+        BadRequest: (400, "invalid_request_error"),
+        BadMedia: (400, "invalid_request_error"),
+        TooLong: (400, "exceed_context_size_error"),
+        Unauthorized: (401, "authentication_error"),
+        NotFound: (404, "not_found_error"),
+        ScoringFailed: (500, "server_error"),
+        NotSupported: (400, "not_supported_error"),
+        Unavailable: (503, "unavailable_error"),
+    },
+)

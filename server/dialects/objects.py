@@ -1,0 +1,111 @@
+"""The answer that the clients of vLLM, Cohere, Jina, Infinity and llama.cpp all read: an object with `results`, in
+which each of them finds what it looks for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from jaxrank.server.content import Side, without_payloads
+from jaxrank.server.schema import Rerank, Scored
+
+
+class Document(BaseModel):
+    """A document as it was sent: its text, its images and videos without the contents of data: URLs, other fields."""
+
+    text: Any = Field(description="The text that was scored, null if there is none; or the field that was sent.")
+    multi_modal: list[Any] | None = Field(description="The parts as they were sent, if there are images or videos.")
+
+
+class ObjectResult(BaseModel):
+    """One document's place in the ranking."""
+
+    index: int = Field(description="The document's place in the request, from 0.")
+    relevance_score: float = Field(description="Higher is more relevant.")
+    document: Document | str | None = Field(None, description="An object; Infinity's clients get its text.")
+
+
+class Usage(BaseModel):
+    """Tokens of all pairs as they were scored, with what frames them, and of images and videos."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class ApiVersion(BaseModel):
+    """What Cohere's clients read."""
+
+    version: str
+
+
+class BilledUnits(BaseModel):
+    """What Cohere's clients read: a hundred documents, or part of that, are a unit."""
+
+    search_units: int
+
+
+class InputTokens(BaseModel):
+    """What Cohere's clients read."""
+
+    input_tokens: int
+
+
+class Meta(BaseModel):
+    """What Cohere's clients read."""
+
+    api_version: ApiVersion
+    billed_units: BilledUnits
+    tokens: InputTokens
+
+
+class ObjectAnswer(BaseModel):
+    """The ranking, best first."""
+
+    id: str
+    object: Literal["rerank"]
+    created: int = Field(description="In seconds since 1970.")
+    model: str
+    results: list[ObjectResult]
+    usage: Usage
+    meta: Meta
+
+
+def object_answer(request: Rerank, scored: Scored) -> dict[str, Any]:
+    """The ranking as an ObjectAnswer. Documents are objects."""
+    total = sum(scored.tokens)
+    results: list[dict[str, Any]] = []
+    for index in scored.order:
+        result: dict[str, Any] = {"index": index, "relevance_score": scored.scores[index]}
+        if request.return_documents:
+            result["document"] = as_object(request.documents[index], request.sent[index])
+        results.append(result)
+    return {
+        "id": f"rerank-{scored.id}",
+        "object": "rerank",
+        "created": scored.created,
+        "model": scored.model,
+        "results": results,
+        "usage": {"prompt_tokens": total, "total_tokens": total},
+        "meta": {
+            "api_version": {"version": "2"},
+            "billed_units": {"search_units": -(-len(scored.scores) // 100)},
+            "tokens": {"input_tokens": total},
+        },
+    }
+
+
+def as_object(side: Side, sent: Any) -> dict[str, Any]:
+    """A document as an object: the text that was scored, or the fields of one that was sent so; its media."""
+    fields = without_payloads(sent) if isinstance(sent, dict) and "content" not in sent else {}
+    if isinstance(side, str):
+        return {"text": side, **fields, "multi_modal": None}
+    parts = sent.get("content", [sent]) if isinstance(sent, dict) else sent
+    return {"text": text_of(side), **fields, "multi_modal": without_payloads(parts)}
+
+
+def text_of(side: Side) -> str | None:
+    """The text of a document; None if there is none."""
+    if isinstance(side, str):
+        return side
+    return "".join(piece for piece in side if isinstance(piece, str)) or None

@@ -1,0 +1,139 @@
+"""SGLang: POST or PUT /v1/rerank, answered with an array; /v1/score by label tokens, as far as a reranker has them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from jaxrank.server.content import Content, without_payloads
+from jaxrank.server.dialects.dialect import Dialect, PairScores
+from jaxrank.server.dialects.objects import Usage
+from jaxrank.server.errors import BadMedia, NotSupported
+from jaxrank.server.schema import (
+    Documents,
+    Options,
+    Rerank,
+    Scored,
+    Terms,
+    Wording,
+    as_list,
+    check_count,
+    read_documents,
+    read_query,
+    to_rerank,
+    validate,
+)
+
+_EXAMPLE: dict[str, JsonValue] = {
+    "query": "what is panda?",
+    "documents": ["hi", "The giant panda is a bear species endemic to China."],
+    "top_n": 1,
+}
+
+
+class SglangRequest(Options):
+    """A query and the documents to rank for it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    query: Content = Field(description="What the documents are ranked for. Not empty, not only white space.")
+    documents: Documents = Field(description="At least one document. None empty or only white space.")
+
+
+class MetaInfo(BaseModel):
+    """What scoring one document took."""
+
+    prompt_tokens: int = Field(description="Tokens of the pair as it was scored, special tokens included.")
+    truncated_tokens: int = Field(description="Tokens of query and document that were cut off. 0: none.")
+
+
+class SglangResult(BaseModel):
+    """One document's place in the ranking."""
+
+    score: float = Field(description="Higher is more relevant. A raw logit for cross-encoders, else in [0, 1].")
+    document: Any = Field(
+        None,
+        description="The document's text, or its parts as they were sent, without the contents of data: URLs; no such "
+        "key with return_documents = false.",
+    )
+    index: int = Field(description="The document's place in the request, from 0.")
+    meta_info: MetaInfo
+
+
+def answer(request: Rerank, scored: Scored) -> list[dict[str, Any]]:
+    """The array."""
+    results: list[dict[str, Any]] = []
+    for index in scored.order:
+        result: dict[str, Any] = {"score": scored.scores[index]}
+        if request.return_documents:
+            side = request.documents[index]
+            result["document"] = side if isinstance(side, str) else without_payloads(request.sent[index])
+        result["index"] = index
+        result["meta_info"] = {"prompt_tokens": scored.tokens[index], "truncated_tokens": scored.dropped[index]}
+        results.append(result)
+    return results
+
+
+class SglangScoreRequest(Options):
+    """A query and the items to score for it. The model's one score is all that a reranker has: label tokens, and texts
+    that stand before the query, are refused."""
+
+    query: Content
+    items: Documents
+    label_token_ids: list[Any] | None = Field(None, description="Refused unless null: a reranker has no such logits.")
+    apply_softmax: bool | None = Field(None, description="No effect on a single score.")
+    item_first: bool | None = Field(None, description="Refused if true.")
+
+
+class SglangScores(BaseModel):
+    """A list with the one score of each item, in the order of the request."""
+
+    scores: list[list[float]]
+    model: str
+    usage: Usage
+    object: Literal["scoring"]
+
+
+def read_score(raw: dict[str, Any], terms: Terms) -> list[Rerank]:
+    """The request of /v1/score. Raises BadRequest, TooManyDocuments or NotSupported."""
+    if raw.get("label_token_ids") is not None:
+        raise NotSupported(
+            "A reranker has one score a document, not the probabilities of label_token_ids. Leave them out for that "
+            "score, or POST /v1/rerank."
+        )
+    if raw.get("item_first"):
+        raise NotSupported("A reranker reads the query first. Leave item_first out, or swap query and items.")
+    sent = as_list(raw.get("items"))
+    if isinstance(sent, list):
+        check_count(len(sent), Wording(), terms)
+        raw = raw | {"items": sent}
+    request = validate(SglangScoreRequest, raw, terms.sees)
+    assert isinstance(request, SglangScoreRequest)
+    query = read_query(request.query, "query", Wording(), terms)
+    items = read_documents(request.items, "items", Wording(documents_empty="Items cannot be empty"), terms)
+    return [to_rerank(request, query, items, sent, terms=terms, field="items")]
+
+
+def answer_score(requests: list[Rerank], scored: list[Scored]) -> dict[str, Any]:
+    """The answer of /v1/score."""
+    (one,) = scored
+    total = sum(one.tokens)
+    usage = {"prompt_tokens": total, "total_tokens": total}
+    return {"scores": [[score] for score in one.scores], "model": one.model, "usage": usage, "object": "scoring"}
+
+
+SGLANG = Dialect(
+    name="sglang",
+    title="SGLang",
+    request=SglangRequest,
+    answer=answer,
+    answered=list[SglangResult],
+    raw_scores=True,
+    wording=Wording(
+        document_empty="Each document must be a non-empty string",
+        document_blank="Each document cannot be empty or whitespace only",
+    ),
+    refusals={BadMedia: (400, "BadRequestError")},
+    pairs=PairScores(SglangScoreRequest, read_score, answer_score, SglangScores),
+)

@@ -1,0 +1,103 @@
+"""Text Embeddings Inference (TEI): POST /rerank with `texts`, answered with an array; errors of a shape of their own;
+GET /info."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from jaxrank.server.content import Content
+from jaxrank.server.dialects.dialect import Dialect
+from jaxrank.server.dialects.objects import text_of
+from jaxrank.server.errors import (
+    BadMedia,
+    BadRequest,
+    Invalid,
+    MethodNotAllowed,
+    NoDocuments,
+    NotFound,
+    Overloaded,
+    Refusal,
+    ScoringFailed,
+    TooLarge,
+    TooLong,
+    TooManyDocuments,
+    Unauthorized,
+    Unavailable,
+)
+from jaxrank.server.schema import Documents, Options, Rerank, Scored, Wording
+
+
+class TeiRequest(Options):
+    """A query and the texts to rank for it."""
+
+    query: Content
+    texts: Documents
+    return_text: bool | None = Field(None, description="Whether results carry their text. Null: false.")
+
+
+class TeiResult(BaseModel):
+    """One text's place in the ranking."""
+
+    index: int
+    text: str | None = Field(None, description="If texts are returned.")
+    score: float
+
+
+class TeiError(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: str
+    error_type: str = Field(description='"Validation", "Empty", "Overloaded", "Backend" or "Unhealthy".')
+
+
+def answer(request: Rerank, scored: Scored) -> list[dict[str, Any]]:
+    """The array."""
+    results: list[dict[str, Any]] = []
+    for index in scored.order:
+        result: dict[str, Any] = {"index": index}
+        if request.return_documents:
+            result["text"] = text_of(request.documents[index])
+        results.append(result | {"score": scored.scores[index]})
+    return results
+
+
+def error(status: int, message: str, kind: str) -> dict[str, Any]:
+    """TEI's error object."""
+    return {"error": message, "error_type": kind}
+
+
+TEI = Dialect(
+    name="tei",
+    title="Text Embeddings Inference",
+    request=TeiRequest,
+    answer=answer,
+    answered=list[TeiResult],
+    returns_documents=False,
+    wording=Wording(
+        query_empty="`query` cannot be empty",
+        query_blank="`query` cannot be empty",
+        documents_empty="`texts` cannot be empty",
+        too_many="batch size {count} > maximum allowed batch size {most}",
+        too_long="`inputs` must have less than {limit} tokens. Given: {tokens}",
+    ),
+    refusals={
+        Refusal: (None, "Backend"),
+        BadRequest: (None, "Validation"),
+        Invalid: (422, "Validation"),
+        TooLong: (422, "Validation"),
+        NoDocuments: (None, "Empty"),
+        Unauthorized: (None, "Validation"),
+        NotFound: (None, "Validation"),
+        MethodNotAllowed: (None, "Validation"),
+        TooLarge: (None, "Validation"),
+        TooManyDocuments: (422, "Validation"),
+        BadMedia: (None, "Validation"),
+        ScoringFailed: (424, "Backend"),
+        Unavailable: (None, "Unhealthy"),
+        Overloaded: (429, "Overloaded"),
+    },
+    error=error,
+    error_body=TeiError,
+)

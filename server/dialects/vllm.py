@@ -1,0 +1,134 @@
+"""vLLM: /rerank, /v1/rerank and /v2/rerank, answered with an object; /score and /v1/score for pairs.
+
+Also what /rerank answers to clients that do not say who they are: LiteLLM's, Jina's, llama.cpp's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from jaxrank.server.content import Content
+from jaxrank.server.dialects.dialect import Dialect, PairScores
+from jaxrank.server.dialects.objects import ObjectAnswer, Usage, object_answer
+from jaxrank.server.errors import BadRequest, Invalid, NoDocuments, Unavailable
+from jaxrank.server.schema import (
+    Documents,
+    Options,
+    Rerank,
+    Scored,
+    Terms,
+    Wording,
+    as_list,
+    check_count,
+    read_documents,
+    read_query,
+    to_rerank,
+    validate,
+)
+
+
+class VllmRequest(Options):
+    """A query and the documents to rank for it. A document {"content": [parts]} is one document, whatever its parts."""
+
+    query: Content
+    documents: Documents
+    top_n: int | None = Field(None, ge=0, description="How many results to answer, best first. 0 or null: all.")
+
+
+PAIRS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
+"""The names under which /score takes its two sides."""
+
+
+class VllmScoreRequest(Options):
+    """Two sides to score against each other, by one of four pairs of names: one with one, one with many, or as many
+    with as many."""
+
+    queries: Documents | None = None
+    documents: Documents | None = None
+    items: Documents | None = None
+    data_1: Documents | None = None
+    data_2: Documents | None = None
+    text_1: Documents | None = None
+    text_2: Documents | None = None
+
+
+class VllmScore(BaseModel):
+    """The score of one pair."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class VllmScores(BaseModel):
+    """Scores in the order of the request."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[VllmScore]
+    usage: Usage
+
+
+def read_score(raw: dict[str, Any], terms: Terms) -> list[Rerank]:
+    """The request of /score: one Rerank for each query, with its documents. Raises BadRequest or TooManyDocuments."""
+    names = [pair for pair in PAIRS if all(raw.get(name) is not None for name in pair)]
+    if not names:
+        shown = ", ".join(" and ".join(pair) for pair in PAIRS)
+        raise Invalid(f"The two sides of the pairs are missing: give one of {shown}.")
+    left, right = names[0]
+    sent = {name: as_list(raw[name]) for name in (left, right)}
+    for value in sent.values():
+        if isinstance(value, list):
+            check_count(len(value), Wording(), terms)
+    request = validate(VllmScoreRequest, raw | sent, terms.sees)
+    ours, theirs = getattr(request, left), getattr(request, right)
+    if not ours or not theirs:
+        raise NoDocuments(f"{left} and {right} cannot be empty")
+    if len(ours) not in (1, len(theirs)):
+        raise BadRequest(f"Input lengths must be either 1:1, 1:N or N:N; got {len(ours)}:{len(theirs)}.")
+    places: dict[str, list[int]] = {}
+    for index in range(len(theirs)):
+        places.setdefault(json.dumps(sent[left][index if len(ours) > 1 else 0]), []).append(index)
+    documents = read_documents(theirs, right, Wording(), terms)
+    requests: list[Rerank] = []
+    for at in places.values():
+        asked = at[0] if len(ours) > 1 else 0
+        query = read_query(ours[asked], f"{left}[{asked}]", Wording(), terms)
+        own = [documents[index] for index in at]
+        names_ = {"asked": f"{left}[{asked}]", "field": right, "at": at}
+        requests.append(to_rerank(request, query, own, own, terms=terms, **names_))
+    return requests
+
+
+def answer_score(requests: list[Rerank], scored: list[Scored]) -> dict[str, Any]:
+    """The answer of /score."""
+    scores = {
+        index: score
+        for request, one in zip(requests, scored, strict=True)
+        for index, score in zip(request.at, one.scores, strict=True)
+    }
+    total = sum(sum(one.tokens) for one in scored)
+    return {
+        "id": f"score-{scored[0].id}",
+        "object": "list",
+        "created": scored[0].created,
+        "model": scored[0].model,
+        "data": [{"index": index, "object": "score", "score": scores[index]} for index in range(len(scores))],
+        "usage": {"prompt_tokens": total, "total_tokens": total},
+    }
+
+
+VLLM = Dialect(
+    name="vllm",
+    title="vLLM",
+    request=VllmRequest,
+    answer=object_answer,
+    answered=ObjectAnswer,
+    refusals={Unavailable: (503, "Service Unavailable")},
+    pairs=PairScores(VllmScoreRequest, read_score, answer_score, VllmScores),
+)
