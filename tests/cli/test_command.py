@@ -22,7 +22,20 @@ def test_version_without_loading_jax() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["", "fly", "rerank", "convert a", "serve --port x", "serve --dtype int8", "serve --x"]
+    "line",
+    [
+        "",
+        "fly",
+        "convert a",
+        "serve --port x",
+        "serve --dtype int8",
+        "serve --x",
+        "serve --max-connections 0",
+        "serve --max-queue-tokens 1e6",
+        "serve --request-timeout 0",
+        "serve --shutdown-grace nan",
+        "serve --body-timeout inf",
+    ],
 )
 def test_usage(run: Run, line: str) -> None:
     status, out, err = run(*line.split())
@@ -39,7 +52,7 @@ Item = make_dataclass("Item", ["index", "score", "document"])
 class Echo:
     def rank(self, query, documents, **_):
         return [Item(i, 0.5, document) for i, document in enumerate(documents)]
-cli.load = lambda *_: Echo()
+cli.model.load = lambda *_, **__: Echo()
 if sys.argv[1] == "disk":
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 sys.exit(cli.main(["rerank", "q"]))

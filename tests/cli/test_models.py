@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jaxrank import Reranker
+from jaxrank.errors import RequestError
 from tests.checkpoints import edit_config
 from tests.cli.commands import NO_CACHE, Run, complaint, standard_input, to_bin
 
@@ -111,3 +115,98 @@ def test_no_permission(
         for path in (place, place / "model"):
             path.chmod(0o755)
         shutil.rmtree(place)
+
+
+@pytest.fixture
+def converted(run: Run, folder: Path, tmp_path: Path) -> Path:
+    assert run("convert", folder, tmp_path / "converted", "--no-progress").status == 0
+    return tmp_path / "converted"
+
+
+class TestLoadFormat:
+    def test_each_reads_its_own(self, folder: Path, converted: Path) -> None:
+        """A folder with three kinds of weights, each of another model."""
+        state = load_file(folder / "model.safetensors")
+        state["classifier.out_proj.bias"] += 3
+        torch.save(state, folder / "pytorch_model.bin")
+        state["classifier.out_proj.bias"] += 3
+        save_file(state, folder / "model.safetensors")
+        for name in ("weights", "jaxrank.json"):
+            (converted / name).rename(folder / name)
+
+        def bias(load_format: str) -> float:
+            loaded = Reranker.from_pretrained(folder, load_format=load_format, compile_cache=None)
+            return float(loaded.model.head.bias[...])
+
+        orbax = bias("orbax")
+        assert bias("auto") == orbax
+        assert bias("torch") == pytest.approx(orbax + 3, abs=1e-5)
+        assert bias("safetensors") == pytest.approx(orbax + 6, abs=1e-5)
+
+    @pytest.mark.parametrize(
+        "kind, load_format, message",
+        [
+            ("published", "orbax", "{folder}/jaxrank.json cannot be read (No such file or directory): no converted"),
+            ("published", "torch", "no pytorch_model.bin (or pytorch_model.bin.index.json); there are weights of load "
+                                   "format safetensors"),
+            ("converted", "safetensors", "no model.safetensors (or model.safetensors.index.json); there are weights of "
+                                         "load format orbax"),
+            ("converted", "torch", "no pytorch_model.bin (or pytorch_model.bin.index.json); there are weights of load"),
+            ("bin", "safetensors", "has only PyTorch .bin weights, which can hide code"),
+        ],
+    )  # fmt: skip
+    def test_what_a_folder_lacks(
+        self, run: Run, folder: Path, converted: Path, documents: Path, kind: str, load_format: str, message: str
+    ) -> None:
+        if kind == "bin":
+            to_bin(folder)
+        model = converted if kind == "converted" else folder
+        line = ["rerank", "q", documents, "--model", model, "--load-format", load_format, *NO_CACHE]
+        assert message.format(folder=model) in complaint(run(*line))
+
+    def test_unknown_ones(self, run: Run, folder: Path) -> None:
+        status, out, err = run("serve", folder, "--load-format", "gguf")
+        assert (status, out) == (2, "")
+        assert "invalid choice: 'gguf'" in err
+        with pytest.raises(RequestError, match="load_format 'pt' is unknown; one of auto, safetensors, torch, orbax"):
+            Reranker.from_pretrained(folder, load_format="pt")
+
+
+WITHOUT_DEVICES = """
+import sys
+from jaxrank import Reranker
+from jaxrank.errors import ModelError
+for folder in sys.argv[1:]:
+    try:
+        Reranker.from_pretrained(folder, compile_cache=None)
+    except ModelError as error:
+        print("refused:", str(error).splitlines()[0])
+    except RuntimeError as error:
+        print("no device:", str(error).splitlines()[0])
+"""
+
+
+def test_bad_folders_are_refused_before_a_device_is_touched(folder: Path, converted: Path, tmp_path: Path) -> None:
+    """With a platform that cannot be had, the first touch is a RuntimeError."""
+
+    def damaged(name: str, of: Path, damage: Callable[[Path], Any]) -> Path:
+        damage(shutil.copytree(of, tmp_path / name))
+        return tmp_path / name
+
+    folders = [
+        damaged("truncated", folder, lambda f: os.truncate(f / "model.safetensors", 90_000)),
+        damaged("another model", folder, lambda f: edit_config(f, intermediate_size=104)),
+        damaged("tokenizer of another", folder, lambda f: edit_config(f, vocab_size=9)),
+        damaged("converted, another model", converted, lambda f: edit_config(f, num_hidden_layers=3)),
+        damaged("converted, another width", converted, lambda f: edit_config(f, intermediate_size=104)),
+        damaged("converted, without weights", converted, lambda f: shutil.rmtree(f / "weights")),
+        folder,
+        converted,
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEVICES, *folders],
+        env={**os.environ, "JAX_PLATFORMS": "cuda,rocm"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    said = [line.partition(":")[0] for line in result.stdout.splitlines()]
+    assert said == ["refused"] * 6 + ["no device"] * 2, result.stdout

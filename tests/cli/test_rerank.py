@@ -27,7 +27,7 @@ class Longest:
 
 @pytest.fixture
 def longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", lambda *_: Longest())
+    monkeypatch.setattr("jaxrank.cli.model.load", lambda *_, **__: Longest())
 
 
 class TestRerank:
@@ -76,7 +76,7 @@ class TestRerank:
     def test_table_fits_the_terminal(self, text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COLUMNS", "60")
         out = io.StringIO()
-        cli.write_table([Ranked(12, 0.5, text)], out)
+        cli.rerank.write_table([Ranked(12, 0.5, text)], out)
         assert out.getvalue().splitlines()[1] == f"   1   0.5000      12  {shown}"
 
     @pytest.mark.usefixtures("longest")

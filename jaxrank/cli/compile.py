@@ -1,0 +1,26 @@
+"""`jaxrank compile`: fill the compilation cache, so that a server with the same flags starts without compiling."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from jaxrank.cli import model
+from jaxrank.cli.model import model_arguments
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", nargs="?", help="Hugging Face id or folder; default: the built-in model")
+    model_arguments(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jaxrank.errors import RequestError
+
+    if arguments.compile_cache == "none":
+        raise RequestError("--compile-cache none leaves nothing to do; name a folder, or leave the flag out")
+    outline = model.load(arguments, arguments.model, weights=False)
+    outline.warm_up(lambda line: print(line, file=sys.stderr))
+    compiled, found = outline.compiled
+    print(f"{compiled} programs compiled for {outline.devices}, {found} were there, after {outline.stages}")
+    return 0

@@ -1,0 +1,190 @@
+"""`jaxrank rerank`: rank documents from standard input or a file, requests of a file, or the candidates of a run."""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import itertools
+import json
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from jaxrank.cli import model
+from jaxrank.cli.model import model_arguments
+from jaxrank.cli.numbers import count
+from jaxrank.version import __version__
+
+if TYPE_CHECKING:
+    from jaxrank.offline.rows import BadRows
+    from jaxrank.offline.sources import Source
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("query", nargs="?", help="without --requests, --run and --beir")
+    command.add_argument("file", nargs="?", default="-", help="one document a line; default: standard input")
+    command.add_argument("--model", help="Hugging Face id or folder; default: the built-in model")
+    command.add_argument("--top-n", type=int, metavar="N", help="only the best N, of a query on the command line")
+    command.add_argument("--format", choices=["auto", "table", "jsonl", "trec"], default="auto",
+                         help="auto: of a run a run; else a table on a terminal and JSON lines otherwise")  # fmt: skip
+    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+    files = command.add_argument_group("files", "Interrupted, the same command goes on where it stopped.")
+    files.add_argument("--requests", metavar="FILE", help='one {"query": "...", "documents": [...]} a line')
+    files.add_argument("--run", metavar="FILE", help="candidates as a TREC run, with --corpus and --queries or --beir")
+    files.add_argument("--corpus", metavar="FILE", help='one {"_id": "...", "title": "...", "text": "..."} a line')
+    files.add_argument("--queries", metavar="FILE", help='one {"_id": "...", "text": "..."} a line, or id, tab, text')
+    files.add_argument("--beir", metavar="FOLDER",
+                       help="corpus.jsonl, queries.jsonl and qrels/; candidates are BM25's without --run")  # fmt: skip
+    files.add_argument("--split", default="test", help="of --beir, whose judged queries count; default: test")
+    files.add_argument("--output", metavar="FILE", help="where the ranking goes")
+    files.add_argument("--depth", type=count, default=100, metavar="N", help="candidates of a query; default: 100")
+    files.add_argument("--batch-tokens", type=count, metavar="N", help="packed together; more pack tighter")
+    files.add_argument("--tag", default="jaxrank", help="name of the run that is written")
+    files.add_argument("--skip-bad", action="store_true", help="count and leave out bad rows instead of stopping")
+    files.add_argument("--restart", action="store_true", help="begin anew after an interrupted run")
+    model_arguments(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    given = [f"--{name}" for name in ("requests", "run", "corpus", "queries", "beir") if getattr(arguments, name)]
+    if given:
+        return _files(arguments, given)
+    return _lines(arguments)
+
+
+def _lines(arguments: argparse.Namespace) -> int:
+    """Rank the lines of one file for one query."""
+    from jaxrank.errors import RequestError
+
+    if arguments.query is None:
+        raise RequestError("no query; give one, or files with --requests, --run or --beir")
+    if arguments.output or arguments.format == "trec":
+        raise RequestError("--output and --format trec are for files; a query's ranking goes to standard output")
+    source = "standard input" if arguments.file == "-" else arguments.file
+    try:
+        content = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise RequestError(f"{source}: {error.strerror}; give a text file with one document a line") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{source}: not UTF-8 text at byte {error.start}; give UTF-8, one document a line") from None
+    # not splitlines(), which would also cut documents at form feeds and Unicode's separators
+    documents = [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+    if not documents:
+        raise RequestError(f"{source}: no documents; one a line is read, blank lines are skipped")
+    reranker = model.load(arguments, arguments.model, progress=False if arguments.no_progress else None)
+    ranked = reranker.rank(arguments.query, documents, top_n=arguments.top_n, progress=not arguments.no_progress)
+    as_table = arguments.format == "table" or (arguments.format == "auto" and sys.stdout.isatty())
+    (write_table if as_table else write_jsonl)(ranked, sys.stdout)
+    return 0
+
+
+def _files(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+    """Rank what is in files, into one."""
+    from jaxrank.errors import RequestError
+    from jaxrank.offline import journal
+    from jaxrank.offline.rerank import as_jsonl, as_trec, rerank
+    from jaxrank.offline.rows import BadRows
+
+    if arguments.query is not None:
+        raise RequestError(f"a query and {' and '.join(given)}; give one or the other")
+    if arguments.output is None:
+        raise RequestError("no --output; name the file where the ranking goes")
+    if arguments.format == "table" or arguments.top_n is not None:
+        raise RequestError("--format table and --top-n are for a query on the command line; see --depth")
+    output = Path(arguments.output)
+    if output.exists() and not arguments.restart:
+        raise RequestError(f"{output} is there already; name another, or replace it with --restart")
+    if arguments.restart:
+        journal.forget(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    bad = BadRows(arguments.skip_bad)
+    source = _source(arguments, output, bad)
+    try:
+        reranker = model.load(arguments, arguments.model)
+        work = {
+            "version": __version__, "model": reranker.name, "dtype": reranker.dtype, "row_tokens": reranker.row_tokens,
+            "max_length": reranker.max_length, "prompt": arguments.prompt, "chat_template": arguments.chat_template,
+            "instruct": arguments.instruct, "depth": arguments.depth, "tag": arguments.tag, "format": arguments.format,
+        }  # fmt: skip
+        as_run = arguments.format == "trec" or (arguments.format == "auto" and not arguments.requests)
+        write = as_trec(arguments.tag) if as_run else as_jsonl
+        pairs = rerank(
+            reranker, source, output, write, batch_tokens=arguments.batch_tokens, work=work,
+            progress=not arguments.no_progress,
+        )  # fmt: skip
+    finally:
+        source.close()
+    output.with_name(output.name + ".index").unlink(missing_ok=True)
+    skipped = f", {bad.count} bad rows left out" if bad.count else ""
+    print(f"wrote {output}: {pairs} pairs scored{skipped}")
+    return 0
+
+
+def _source(arguments: argparse.Namespace, output: Path, bad: BadRows) -> Source:
+    """What the arguments name."""
+    from jaxrank.errors import RequestError
+    from jaxrank.offline.sources import RequestSource, RunSource
+
+    if arguments.requests:
+        if arguments.run or arguments.corpus or arguments.queries or arguments.beir:
+            raise RequestError("--requests has its documents in it; leave out --run, --corpus, --queries and --beir")
+        return RequestSource(Path(arguments.requests), depth=arguments.depth, bad=bad)
+    corpus, queries, only = arguments.corpus, arguments.queries, None
+    first = arguments.run
+    if arguments.beir:
+        from jaxrank.offline.trec import read_qrels
+
+        folder = Path(arguments.beir)
+        corpus, queries = corpus or folder / "corpus.jsonl", queries or folder / "queries.jsonl"
+        only = read_qrels(folder / "qrels" / f"{arguments.split}.tsv")
+        first = first or _bm25_run(arguments, output, Path(corpus), Path(queries), only)
+    missing = [name for name, value in [("run", first), ("corpus", corpus), ("queries", queries)] if not value]
+    if missing:
+        raise RequestError(f"no --{missing[0]}; a run needs --run, --corpus and --queries, or --beir")
+    return RunSource(
+        Path(first), Path(corpus), Path(queries), depth=arguments.depth, bad=bad, only=only,
+        index=output.with_name(output.name + ".index"), progress=not arguments.no_progress,
+    )  # fmt: skip
+
+
+def _bm25_run(arguments: argparse.Namespace, output: Path, corpus: Path, queries: Path, only: Any) -> Path:
+    """BM25's run beside the output, which stays, to compare with."""
+    from jaxrank.offline.bm25 import write_bm25_run
+    from jaxrank.offline.corpus import read_queries
+    from jaxrank.offline.rows import BadRows
+
+    first = output.with_name(output.name + ".bm25")
+    if not output.with_name(output.name + ".journal").exists():
+        texts = read_queries(queries, BadRows(arguments.skip_bad))
+        judged = {identity: text for identity, text in texts.items() if identity in only}
+        write_bm25_run(corpus, judged, first, depth=arguments.depth, progress=not arguments.no_progress)
+    return first
+
+
+def write_jsonl(ranked: Sequence[Any], out: TextIO) -> None:
+    """One JSON object a line: index, score, document."""
+    for item in ranked:
+        print(json.dumps(asdict(item), ensure_ascii=False), file=out)
+
+
+def write_table(ranked: Sequence[Any], out: TextIO) -> None:
+    """Rank, score, the document's place in the input (blank lines not counted), and as much of it as fits the line."""
+    width = max(shutil.get_terminal_size().columns - 24, 20)
+    print(f"{'rank':>4}  {'score':>7}  {'index':>6}  document", file=out)
+    for rank, item in enumerate(ranked, 1):
+        print(f"{rank:>4}  {item.score:>7.4f}  {item.index:>6}  {shorten(item.document, width)}", file=out)
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` on one line of `width` columns, of which wide characters take two, with spaces for control characters."""
+    text = " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in text).split())
+    ends = list(itertools.accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
+    if not ends or ends[-1] <= width:
+        return text
+    return text[: bisect.bisect_right(ends, width - 1)] + "…"

@@ -1,0 +1,120 @@
+"""Files in, a ranking of each query out, in pieces that depend on nothing but the input: an interrupted run goes on
+and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxrank.offline.journal import Journal
+from jaxrank.offline.sources import Job, Source, stamp
+from jaxrank.offline.trec import write_run_line
+from jaxrank.reranker import Reranker, sigmoid
+from jaxrank.types import Encoded
+
+T = TypeVar("T")
+
+BATCH_ROWS = 16
+"""Usual rows in a batch, unless its tokens are said: the last one of each is not full."""
+
+Write = Callable[[Job, np.ndarray], str]
+"""A job's ranking, from its logits."""
+
+
+def rerank(
+    reranker: Reranker,
+    source: Source,
+    output: Path,
+    write: Write,
+    *,
+    batch_tokens: int | None = None,
+    work: dict[str, Any],
+    progress: bool = True,
+) -> int:
+    """Rank all jobs of `source` into `output`; returns how many pairs were scored now.
+
+    batch_tokens: tokens that are packed together, by default BATCH_ROWS full; more pack tighter. work: what the result
+    depends on besides the files, to refuse going on with anything else. Raises RequestError.
+    """
+    batch_tokens = batch_tokens or BATCH_ROWS * reranker.row_tokens
+    files = {str(path): stamp(path) for path in source.files}
+    journal = Journal(output, {**work, "batch_tokens": batch_tokens, "files": files})
+    scored = journal.notes.get("pairs", 0)
+    before = scored
+    try:
+        with tqdm(
+            total=source.pairs, initial=scored, unit="pair", desc=output.name, disable=None if progress else True,
+            smoothing=0.05,
+        ) as bar:  # fmt: skip
+            tokens = 0
+            encoded = ((job, reranker.encode(job.query, job.documents)) for job in source.jobs(journal.done))
+            for batch in _ahead(batches(encoded, batch_tokens)):
+                said = "".join(write(job, logits) for job, logits in score(reranker, batch))
+                count = sum(len(pairs) for _, pairs in batch)
+                scored += count
+                journal.add(said.encode(), batch[-1][0].after, pairs=scored)
+                tokens += sum(len(pair) for _, pairs in batch for pair in pairs)
+                bar.update(count)
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+    except BaseException:
+        journal.close()
+        raise
+    journal.finish()
+    return scored - before
+
+
+def batches(encoded: Iterable[tuple[T, list[Encoded]]], batch_tokens: int) -> Iterator[list[tuple[T, list[Encoded]]]]:
+    """Whole jobs with their tokenised pairs, as many as come to batch_tokens."""
+    taken: list[tuple[T, list[Encoded]]] = []
+    tokens = 0
+    for job, pairs in encoded:
+        taken.append((job, pairs))
+        tokens += sum(map(len, pairs))
+        if tokens >= batch_tokens:
+            yield taken
+            taken, tokens = [], 0
+    if taken:
+        yield taken
+
+
+def score(reranker: Reranker, batch: Sequence[tuple[T, list[Encoded]]]) -> Iterator[tuple[T, np.ndarray]]:
+    """The jobs of a batch with the logits of their pairs, all of them scored together."""
+    logits = reranker.score_encoded([pair for _, pairs in batch for pair in pairs])
+    ends = np.cumsum([len(pairs) for _, pairs in batch])
+    for (job, _), own in zip(batch, np.split(logits, ends[:-1]), strict=True):
+        yield job, own
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, the next one made on a thread while the last is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(lambda: list(islice(items, 1)))
+        while one := coming.result():
+            coming = thread.submit(lambda: list(islice(items, 1)))
+            yield one[0]
+
+
+def as_trec(tag: str) -> Write:
+    """Lines of a TREC run, whose scores are logits, since probabilities near 1 would be ties."""
+
+    def write(job: Job, logits: np.ndarray) -> str:
+        order = np.argsort(-logits, kind="stable").tolist()
+        return "".join(
+            write_run_line(job.id, job.ids[i], rank, float(logits[i]), tag) for rank, i in enumerate(order, 1)
+        )
+
+    return write
+
+
+def as_jsonl(job: Job, logits: np.ndarray) -> str:
+    """One JSON object: id, query, and results by falling score, which are probabilities."""
+    scores = sigmoid(logits).tolist()
+    results = [{"id": job.ids[i], "index": i, "score": scores[i]} for i in np.argsort(-logits, kind="stable").tolist()]
+    return json.dumps({"_id": job.id, "query": job.query, "results": results}, ensure_ascii=False) + "\n"

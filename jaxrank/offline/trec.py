@@ -1,0 +1,55 @@
+"""Files of TREC: runs (`query Q0 document rank score tag`) and relevance judgements, also in BEIR's form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxrank.errors import RequestError
+from jaxrank.offline.rows import BadRows, lines
+
+
+def read_run(path: Path, bad: BadRows) -> Iterator[tuple[int, str, str, float]]:
+    """Line number, query, document and score of every line. Ranks are not read, as trec_eval does not read them."""
+    for number, _, line in lines(path):
+        fields = line.decode("utf-8", "replace").split()
+        try:
+            if len(fields) != 6:
+                raise ValueError
+            score = float(fields[4])
+            if math.isnan(score):
+                raise ValueError
+        except ValueError:
+            bad.add(path, number, "no line of a TREC run, which looks like `query Q0 document rank score tag`")
+            continue
+        yield number, fields[0], fields[2], score
+
+
+def write_run_line(query: str, document: str, rank: int, score: float, tag: str) -> str:
+    """One line; nine digits tell every float32 from its neighbours."""
+    return f"{query} Q0 {document} {rank} {score:.9g} {tag}\n"
+
+
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Relevance by query and document: `query 0 document relevance`, or BEIR's three columns with a header.
+
+    Raises RequestError on the first line that is neither.
+    """
+    judged: dict[str, dict[str, int]] = {}
+    for number, _, line in lines(path):
+        fields = line.decode("utf-8", "replace").split()
+        if number == 1 and fields[-1].lower() in ("score", "relevance"):
+            continue
+        try:
+            if len(fields) not in (3, 4):
+                raise ValueError
+            judged.setdefault(fields[0], {})[fields[-2]] = int(fields[-1])
+        except ValueError:
+            raise RequestError(
+                f"{path} line {number}: no judgement; one looks like `query 0 document 1`, or as BEIR's "
+                "`query document 1` in tabs"
+            ) from None
+    if not judged:
+        raise RequestError(f"{path}: no judgements")
+    return judged
