@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import finish, median_seconds
+from machine import finish, matmul_rate, median_seconds
 
 from jaxrank.kernels import attention, make_layout
 from jaxrank.kernels.tpu import tile_size
@@ -62,12 +62,18 @@ def lists(tokens: int, prefix: int, turns: int) -> dict[str, Any]:
     }
 
 
-def beside_dense(tokens: int, prefix: int, heads: tuple[int, int, int], turns: int) -> dict[str, Any]:
-    """The default device's attention against the dense form, float32, in turns."""
+def operands(tokens: int, heads: tuple[int, int, int], dtype: str) -> list[jax.Array]:
+    """Random q, k and v for so many query heads and key/value heads of that size."""
     query_heads, kv_heads, size = heads
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(tokens, query_heads, size), (tokens, kv_heads, size), (tokens, kv_heads, size)]
-    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def beside_dense(tokens: int, prefix: int, heads: tuple[int, int, int], turns: int) -> dict[str, Any]:
+    """The default device's attention against the dense form, float32, in turns."""
+    size = heads[2]
+    q, k, v = operands(tokens, heads, "float32")
     spans = spans_of(tokens, prefix)
     call = jax.jit(attention, static_argnames=("scale", "implementation"))
 
@@ -94,19 +100,14 @@ def beside_dense(tokens: int, prefix: int, heads: tuple[int, int, int], turns: i
 def on_gpu(tokens: int, prefix: int, heads: tuple[int, int, int], turns: int) -> dict[str, Any]:
     """bfloat16: TFLOP/s of the scores that are needed and of the tiles that are computed, and the share of the card's
     own matmul rate."""
-    query_heads, kv_heads, size = heads
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(tokens, query_heads, size), (tokens, kv_heads, size), (tokens, kv_heads, size)]
-    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    query_heads, _, size = heads
+    q, k, v = operands(tokens, heads, "bfloat16")
     spans = spans_of(tokens, prefix)
     layout = jax.tree.map(jnp.asarray, make_layout(spans, tokens, "gpu"))
     call = jax.jit(attention, static_argnames=("scale", "implementation"))
     seconds = median_seconds(lambda: call(q, k, v, layout, scale=size**-0.5, implementation="gpu"), turns)
     needed = 4.0 * query_heads * size * float((spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2]).sum())
-    n = 8192
-    a, b = (jax.random.normal(key, (n, n), jnp.bfloat16) for key in keys[:2])
-    multiply = jax.jit(lambda a, b: a @ b)
-    rate = 2.0 * n**3 / median_seconds(lambda: multiply(a, b), turns)
+    rate = matmul_rate(8192, turns)
     return {
         "part": "gpu",
         "tokens": tokens,

@@ -1,21 +1,24 @@
 """Ahead-of-time compilation of the whole scoring function for TPUs, with no TPU: does it compile, and does it fit?
 
     python benchmarks/compile_tpu.py --models bge-reranker-v2-m3 --chips v5e v6e --buckets 2048
-        [--patches 8192] [--output benchmarks/results/compile-tpu.json]
+        [--patches 8192] [--quantization int8] [--output benchmarks/results/compile-tpu.json]
 
 This is the compiler that runs on TPU machines (libtpu, in the extra `tpu`), Pallas kernels included; weights are
 shapes alone. A model that does not fit one chip is cut over 2, then 4 (see jaxrank.sharding); --chips-each asks for a
-number. Memory is what the compiled program says of itself, a chip. The time is a roofline, not a measurement: the
-larger of FLOPs (of matrices and needed scores; the compiler counts a loop's body once) over the chip's published
-bfloat16 peak, and weights over its memory bandwidth, for a row full of documents of 190 tokens; what chips tell each
-other is not in it. With --patches, the vision towers of models that have one are compiled, for rows of so many patches
-full of images of 1,024; their models of text are compiled with rows of text alone. Ends in one JSON line.
+number, --copies for several copies side by side, each with a row of its own. Memory is what the compiled program says
+of itself, a chip. The time is a roofline, not a measurement: the larger of FLOPs (of matrices and needed scores; the
+compiler counts a loop's body once) over the chip's published bfloat16 peak, and weights over its memory bandwidth, for
+a row full of documents of 190 tokens; what chips tell each other is not in it, though the all-reduces in the program's
+text are counted, two to a layer's body. With --patches, the vision towers of models that have one are compiled, for
+rows of so many patches full of images of 1,024; their models of text are compiled with rows of text alone. Ends in one
+JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +41,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from machine import finish, save
 from shapes import MODELS, VL_MODELS, model_flops, tower_flops
 
+from jaxrank.models.quantized import QUANTIZATIONS, quantized_outline
 from jaxrank.packing import LADDER, pack
 from jaxrank.patch_rows import pack_patches
 from jaxrank.scoring import take_tower, whole, whole_tower
@@ -59,6 +63,7 @@ class Chip(NamedTuple):
 CHIPS = {
     "v5e": Chip("v5e:2x2", 16 * GB, 197e12, 819e9),
     "v6e": Chip("v6e:2x2", 32 * GB, 918e12, 1640e9),
+    "v6e-8": Chip("v6e:2x4", 32 * GB, 918e12, 1640e9),
     "v5p": Chip("v5p:2x2x1", 95 * GB, 459e12, 2765e9),
 }
 
@@ -81,7 +86,16 @@ def patch_batch(patches: int, config: Any) -> Any:
     )  # fmt: skip
 
 
-def compile_one(name: str, chip_name: str, size: int, chips_each: int, *, tower: bool = False) -> dict[str, Any]:
+def compile_one(
+    name: str,
+    chip_name: str,
+    size: int,
+    chips_each: int,
+    *,
+    copies: int = 1,
+    tower: bool = False,
+    quantization: str | None = None,
+) -> dict[str, Any]:
     """One row of the table; `error` instead of figures where it does not compile, which may be for lack of memory.
 
     size: tokens, or with `tower` patches.
@@ -90,8 +104,10 @@ def compile_one(name: str, chip_name: str, size: int, chips_each: int, *, tower:
     module, config = (MODELS | VL_MODELS)[name]
     chip = CHIPS[chip_name]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
-    mesh = make_mesh(devices[:chips_each], chips_each)
+    mesh = make_mesh(devices[: copies * chips_each], chips_each)
     model = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation="tpu"))
+    if quantization:
+        model = quantized_outline(model)
     vision = take_tower(model)
     score, state = whole_tower(vision, mesh) if tower else whole(model, mesh)
     one = patch_batch(size, config.vision) if tower else batch(size, module.causal)
@@ -105,10 +121,13 @@ def compile_one(name: str, chip_name: str, size: int, chips_each: int, *, tower:
 
         return jax.tree.map(lie, places, tree)
 
-    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[None], one)
-    row: dict[str, Any] = {
-        "model": name, "chip": chip_name, "chips_each": chips_each, "patches" if tower else "tokens": size
-    }  # fmt: skip
+    rows = jax.tree.map(lambda leaf: np.stack([np.asarray(leaf)] * copies), one)
+    unit = "patches" if tower else "tokens"
+    row: dict[str, Any] = {"model": name, "chip": chip_name, "chips_each": chips_each, unit: size}
+    if copies > 1:
+        row["copies"] = copies
+    if quantization:
+        row["quantization"] = quantization
     start = time.perf_counter()
     try:
         arguments = outlined(state, specs(state, mesh)), outlined(rows, PartitionSpec(DATA))
@@ -117,7 +136,7 @@ def compile_one(name: str, chip_name: str, size: int, chips_each: int, *, tower:
         said = str(error).strip()
         return row | {"fits": False, "out_of_memory": "RESOURCE_EXHAUSTED" in said, "error": said.splitlines()[0][:300]}
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     if tower:
         flops = tower_flops(config.vision, [1024] * (size // 1024)) / chips_each
     else:
@@ -127,13 +146,14 @@ def compile_one(name: str, chip_name: str, size: int, chips_each: int, *, tower:
     return row | {
         "fits": need < chip.memory * 0.95,
         "compile_s": round(seconds, 1),
-        "pallas_calls": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        "all_reduces": len(re.findall(r" all-reduce(?:-start)?\(", text)),
+        "pallas_calls": text.count('custom_call_target="tpu_custom_call"'),
         "arguments_gb": round(memory.argument_size_in_bytes / GB, 3),
         "temporaries_gb": round(memory.temp_size_in_bytes / GB, 3),
         "code_mb": round(memory.generated_code_size_in_bytes / 1e6, 1),
         "tflops": round(flops / 1e12, 2),
         "roofline_ms": round(roofline * 1e3, 2),
-        f"roofline_{'patches' if tower else 'tokens'}_per_s": round(size / roofline),
+        f"roofline_{unit}_per_s": round(size / roofline),
     }
 
 
@@ -143,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--buckets", nargs="+", type=int, default=[int(t) for t in LADDER if t <= 16384])
     parser.add_argument("--patches", nargs="*", type=int, default=[], help="rows of the vision towers")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the weights")
     parser.add_argument("--chips-each", type=int, help="chips that share a copy of the weights; by default the fewest")
+    parser.add_argument("--copies", type=int, default=1, help="of the weights")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     rows = []
@@ -155,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             chips_each = arguments.chips_each or 1
             for size, tower in programs:
                 while True:
-                    row = compile_one(model, chip, size, chips_each, tower=tower)
+                    how: Any = dict(copies=arguments.copies, quantization=arguments.quantization)
+                    row = compile_one(model, chip, size, chips_each, tower=tower, **how)
                     rows.append(row)
                     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
                     save({"benchmark": "compile_tpu", "rows": rows}, arguments.output)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from machine import finish, median_seconds, save
+from machine import finish, matmul_rate, median_seconds, save
 from shapes import MODELS, TOY, model_flops
 
 from jaxrank.kernels import attention, make_layout
@@ -44,13 +44,6 @@ ATTENTION = "gpu" if jax.default_backend() == "gpu" else None
 def pairs_of(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[Encoded]:
     rng = np.random.default_rng(seed)
     return [Encoded(rng.integers(3, vocab, n).astype(np.int32), n - 1) for n in lengths]
-
-
-def matmul_rate(size: int, turns: int) -> float:
-    """FLOP/s of a square bfloat16 product."""
-    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
-    multiply = jax.jit(lambda a, b: a @ b)
-    return 2.0 * size**3 / median_seconds(lambda: multiply(a, b).block_until_ready(), turns)
 
 
 def check_attention() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 LIBRARIES = ("jax", "flax", "numpy", "torch", "transformers", "sentence-transformers", "tokenizers")
 
@@ -27,6 +28,19 @@ def median_seconds(work: Callable[[], Any], turns: int) -> float:
         jax.block_until_ready(work())
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
+
+
+def peak(pid: int) -> int:
+    """The most memory that the process has had so far, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def matmul_rate(size: int, turns: int) -> float:
+    """FLOP/s of a square bfloat16 product."""
+    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+    multiply = jax.jit(lambda a, b: a @ b)
+    return 2.0 * size**3 / median_seconds(lambda: multiply(a, b), turns)
 
 
 def facts() -> dict[str, Any]:

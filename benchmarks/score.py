@@ -7,7 +7,7 @@ built-in model's tokenizer. Both sides take texts and give scores, tokenising in
 the median of the turns. CrossEncoder runs at its best setting: pairs sorted by length (it does that itself), batches
 of 32. Where our time goes is measured apart: bare products of the same sizes, attention alone on the same rows,
 tokenising alone; what remains is element-wise work, embedding and dispatch. Shapes of Qwen3-Reranker are compared as
-benchmarks/prompted.py says. Ends in one JSON line.
+benchmarks/prompted.py says, those of Qwen3-VL-Reranker as benchmarks/seeing.py does. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import prompted
+import seeing
 import torch
-from checkpoints import BGE_SHAPES, QWEN3_SHAPES, bge_checkpoint, qwen3_checkpoint
+from checkpoints import (
+    BGE_SHAPES,
+    QWEN3_SHAPES,
+    QWEN3_VL_SHAPES,
+    bge_checkpoint,
+    qwen3_checkpoint,
+    qwen3_vl_checkpoint,
+)
 from machine import finish, median_seconds, save
 from sentence_transformers import CrossEncoder
 
@@ -120,7 +128,9 @@ def compare(folder: Path, shape: str, dtype: str, pairs: Pairs, turns: int) -> d
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--xquad", type=Path, required=True, help="folder with XQuAD's en.json")
-    parser.add_argument("--shapes", nargs="+", choices=[*BGE_SHAPES, *QWEN3_SHAPES], default=["base", "large"])
+    parser.add_argument(
+        "--shapes", nargs="+", choices=[*BGE_SHAPES, *QWEN3_SHAPES, *QWEN3_VL_SHAPES], default=["base", "large"]
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--pairs", type=int, default=120, help="pairs a turn; a third of them at the large shapes")
     parser.add_argument("--turns", type=int, default=3)
@@ -128,11 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
-        if shape in QWEN3_SHAPES:
+        if shape not in BGE_SHAPES:
+            make, compare_all = (
+                (qwen3_checkpoint, prompted.compare) if shape in QWEN3_SHAPES else (qwen3_vl_checkpoint, seeing.compare)
+            )
             with tempfile.TemporaryDirectory() as folder:
-                qwen3_checkpoint(Path(folder), shape, prompted.all_paragraphs(arguments.xquad))
+                make(Path(folder), shape, prompted.all_paragraphs(arguments.xquad))
                 for dtype in arguments.dtypes:
-                    for row in prompted.compare(Path(folder), shape, dtype, arguments.xquad, arguments.turns):
+                    for row in compare_all(Path(folder), shape, dtype, arguments.xquad, arguments.turns):
                         rows.append(row)
                         save({"benchmark": "score", "rows": rows}, arguments.output)
             continue

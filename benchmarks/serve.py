@@ -4,18 +4,15 @@
 
 Offline is Reranker.predict on the pairs of all requests at once, tokenising included, in this process. HTTP is
 `jaxrank serve` in a process of its own. Both get the same requests: an English XQuAD question with its own paragraph
-and others. Clients are threads of this process on http.client with ready-made bodies, because they share the cores
-with the server: that takes 0.1 to 0.4 ms of CPU a request, httpx.AsyncClient 1 to 6 ms. Each has one connection and
-sends its next request when it has the answer to its last. The first answers of a stint, one a client, are its warm-up;
-the last ones, after new requests have ceased, do not count either. An offline pass stands before every stint and after
-the last, and the share is tokens/s over HTTP by the median pass's. Ends in one JSON line.
+and others. Clients are jaxrank.bench's closed loop. The first answers of a stint, one a client, are its warm-up; the
+last ones, after new requests have ceased, do not count either. An offline pass stands before every stint and after the
+last, and the share is tokens/s over HTTP by the median pass's. Ends in one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import re
 import statistics
@@ -24,9 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +32,10 @@ from machine import finish
 from score import xquad_pairs
 
 from jaxrank import Reranker
+from jaxrank.bench import Outcome, Query, Target, closed_loop
 
 AIM = 0.85
 """The share of offline throughput that 64 clients should get."""
-
-Request = tuple[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What request number `which` got, after how many seconds, and when. status 0: nothing came."""
-
-    which: int
-    seconds: float
-    at: float
-    status: int
-    body: bytes
 
 
 @dataclass
@@ -59,39 +43,51 @@ class Stint:
     """What one number of clients got, all turns together. seconds: between the first and last counted answers."""
 
     clients: int
-    counted: list[Answer] = field(default_factory=list[Answer])
-    others: list[Answer] = field(default_factory=list[Answer])
+    counted: list[Outcome] = field(default_factory=list[Outcome])
+    others: list[Outcome] = field(default_factory=list[Outcome])
+    bodies: list[tuple[int, bytes]] = field(default_factory=list[tuple[int, bytes]])
     seconds: float = 0.0
     client_cpu: list[float] = field(default_factory=list[float])
 
 
-def make_requests(xquad: Path, count: int, documents: int) -> list[Request]:
+def make_requests(xquad: Path, count: int, documents: int) -> list[Query]:
     """`count` questions spread over XQuAD, each with its own paragraph and others from anywhere, in random order."""
     random = np.random.default_rng(0)
     paragraphs = list(dict.fromkeys(paragraph for _, paragraph in xquad_pairs(xquad, 1190)))  # all there are
-    requests: list[Request] = []
+    requests: list[Query] = []
     for question, own in xquad_pairs(xquad, count):
         drawn = [paragraphs[i] for i in random.permutation(len(paragraphs))[:documents].tolist()]
         if own not in drawn:
             drawn[random.integers(documents)] = own
-        requests.append((question, drawn))
+        requests.append(Query(question, drawn))
     return requests
+
+
+def launch(arguments: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """`jaxrank serve` as a process that writes to `log`, and its port, once it is ready."""
+    command = [sys.executable, "-m", "jaxrank", "serve", *arguments, "--port", "0"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        port = 0
+        while not (port and state(port)["ready"]):
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+            found = re.search(r"listening on \S+ port (\d+)", log.read_text())
+            port = int(found[1]) if found else 0
+    except BaseException:
+        process.kill()
+        raise
+    return process, port
 
 
 @contextlib.contextmanager
 def serving(arguments: Sequence[str], log: Path) -> Iterator[tuple[int, int]]:
-    """`jaxrank serve` as a process that writes to `log`: yields port and process id once it is ready, stops it in the
-    end."""
-    command = [sys.executable, "-m", "jaxrank", "serve", *arguments, "--port", "0"]
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+    """`launch`, as the port and the process id; the server is stopped in the end."""
+    process, port = launch(arguments, log)
+    with process:
         try:
-            port = 0
-            while not (port and state(port)["ready"]):
-                if process.poll() is not None:
-                    raise SystemExit(f"the server ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
-                time.sleep(0.2)
-                found = re.search(r"listening on \S+ port (\d+)", log.read_text())
-                port = int(found[1]) if found else 0
             yield port, process.pid
         finally:
             process.terminate()
@@ -105,35 +101,20 @@ def state(port: int) -> dict[str, Any]:
         return json.load(connection.getresponse())
 
 
-def drive(port: int, bodies: Sequence[bytes], stint: Stint, count: int) -> None:
+def drive(target: Target, bodies: Sequence[bytes], stint: Stint, count: int) -> None:
     """Let the clients run until `count` answers have come after the warm-up's, and add them to the stint."""
-    numbers = itertools.count()
-    answers: list[Answer] = []
-    last = stint.clients + count
 
-    def client(_: int) -> None:
-        with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=600)) as connection:
-            while len(answers) < last:
-                which = next(numbers) % len(bodies)
-                status, body = 0, b""
-                start = time.perf_counter()
-                try:
-                    connection.request("POST", "/v1/rerank", bodies[which], {"Content-Type": "application/json"})
-                    response = connection.getresponse()
-                    status, body = response.status, response.read()
-                except (OSError, HTTPException):
-                    connection.close()  # the next request opens it again
-                end = time.perf_counter()
-                answers.append(Answer(which, end - start, end, status, body))
+    def keep(which: int, status: int, body: bytes) -> None:
+        if status == 200:
+            stint.bodies.append((which, body))
 
     cpu, start = time.process_time(), time.perf_counter()
-    with ThreadPoolExecutor(stint.clients) as pool:
-        list(pool.map(client, range(stint.clients)))
+    first, last = stint.clients, stint.clients + count
+    outcomes = closed_loop(target, bodies, stint.clients, requests=last + stint.clients, observe=keep)
     stint.client_cpu.append((time.process_time() - cpu) / (time.perf_counter() - start))
-    answers.sort(key=lambda answer: answer.at)
-    stint.counted += answers[stint.clients : last]
-    stint.others += answers[: stint.clients] + answers[last:]
-    stint.seconds += answers[last - 1].at - answers[stint.clients - 1].at
+    stint.counted += outcomes[first:last]
+    stint.others += outcomes[:first] + outcomes[last:]
+    stint.seconds += outcomes[last - 1].ended - outcomes[first - 1].ended
 
 
 def row(stint: Stint, tokens: np.ndarray, logits: np.ndarray, offline: float) -> dict[str, Any]:
@@ -141,17 +122,16 @@ def row(stint: Stint, tokens: np.ndarray, logits: np.ndarray, offline: float) ->
     good = [answer for answer in stint.counted if answer.status == 200]
     every = stint.counted + stint.others
     difference = 0.0
-    for answer in every:
-        if answer.status == 200:
-            scores = {result["index"]: result["score"] for result in json.loads(answer.body)}
-            ours = [scores[i] for i in range(len(scores))]
-            difference = max(difference, float(np.abs(logits[answer.which] - ours).max()))
+    for which, body in stint.bodies:
+        scores = {result["index"]: result["score"] for result in json.loads(body)}
+        ours = [scores[i] for i in range(len(scores))]
+        difference = max(difference, float(np.abs(logits[which] - ours).max()))
     rate = sum(int(tokens[answer.which].sum()) for answer in good) / stint.seconds
     percentiles = np.percentile([answer.seconds * 1e3 for answer in stint.counted], (50, 95, 99)).tolist()
     return {
         "clients": stint.clients,
         "requests": len(stint.counted),
-        "errors": sum(answer.status != 200 for answer in every),
+        "errors": sum(answer.status != 200 or bool(answer.wrong) for answer in every),
         "requests_per_s": round(len(good) / stint.seconds, 2),
         "pairs_per_s": round(len(good) * tokens.shape[1] / stint.seconds, 1),
         "tokens_per_s": round(rate),
@@ -176,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     requests = make_requests(arguments.xquad, arguments.requests, arguments.documents)
-    pairs = [(query, document) for query, documents in requests for document in documents]
-    bodies = [json.dumps({"query": query, "documents": documents}).encode() for query, documents in requests]
+    pairs = [(one.query, document) for one in requests for document in one.documents]
     stints = [Stint(clients) for clients in arguments.clients]
     passes: list[float] = []
 
@@ -198,9 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         options = [*([model] if model else []), "--dtype", arguments.dtype]
         with serving(options, Path(scratch) / "server.log") as (port, _):
+            target = Target(f"http://127.0.0.1:{port}", timeout_s=600)
+            bodies = [target.body(one) for one in requests]
             for stint in stints * arguments.turns:
                 offline()
-                drive(port, bodies, stint, max(arguments.count, stint.clients))
+                drive(target, bodies, stint, max(arguments.count, stint.clients))
             offline()
             compilations = state(port)["compilations_after_ready"]
 

@@ -1,11 +1,13 @@
-"""Seconds until the server is ready, first and second start, and the memory that serving takes at its peak.
+"""Seconds until the server is ready and has answered, first and second start, and the memory of serving at its peak.
 
     python benchmarks/start.py [--shape v2-m3] [--output benchmarks/results/start-cpu.json]
 
-A random checkpoint of the shape is written as float32 safetensors, as models are published, and converted to bfloat16.
+A random checkpoint of the shape is written as safetensors in the dtype in which such models are published (BGE's in
+float32, Qwen3's in bfloat16; Qwen3's tokenizer has as many tokens as the published one), and converted to bfloat16.
 From each, `jaxrank serve --dtype bfloat16` is started with an empty compilation cache, then REPEATS times with the
 filled one. The first and the last of these servers score short documents, then more than a row of them, then one of the
-longest pairs that they take. Peak memory is VmHWM (Linux) of the server's process, in bytes and as a ratio to the
+longest pairs that they take. The first answer is that to two short documents; the seconds by stage are those of the
+server's own log. Peak memory is VmHWM (Linux) of the server's process, in bytes and as a ratio to the
 bfloat16 weights. Ends in one JSON line.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -21,13 +24,13 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from checkpoints import BGE_SHAPES, bge_checkpoint
-from machine import finish
+from checkpoints import BGE_SHAPES, QWEN3_SHAPES, bge_checkpoint, grow_qwen_tokenizer, qwen3_checkpoint
+from machine import finish, peak
 from serve import serving, state
 
 from jaxrank import cli
 
-AIM_MEMORY, AIM_START = 1.6, 0.5
+AIM_MEMORY, AIM_START, AIM_ANSWER_S = 1.6, 0.5, 10.0
 REPEATS = 3
 
 REQUESTS = {
@@ -35,12 +38,6 @@ REQUESTS = {
     "24 documents of 300 tokens": ["a b c " * 100] * 24,
     "the longest document": ["panda " * 9000],
 }
-
-
-def peak(pid: int) -> int:
-    """The most memory that the process has had so far, in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def post(port: int, documents: list[str]) -> int:
@@ -54,11 +51,29 @@ def post(port: int, documents: list[str]) -> int:
     return sum(result["meta_info"]["prompt_tokens"] for result in answer)
 
 
+def processor_seconds(pid: int) -> float:
+    """Of all cores, that the process has used so far: on a shared machine it says more than the clock."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def stages(log: Path) -> dict[str, Any]:
+    """What the server's log says of its start."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    line = next(line for line in lines if line["message"].startswith("ready after"))
+    return {name: line[name] for name in ("seconds", "programs_compiled", "programs_from_cache")}
+
+
 def start(folder: Path, cache: Path, weights: int, requests: dict[str, list[str]]) -> dict[str, Any]:
     """One start and the requests."""
     begin = time.perf_counter()
-    with serving([str(folder), "--dtype", "bfloat16", "--compile-cache", str(cache)], cache / "log") as (port, pid):
+    line = [str(folder), "--dtype", "bfloat16", "--compile-cache", str(cache), "--log-format", "json"]
+    with serving(line, cache / "log") as (port, pid):
         result: dict[str, Any] = {"seconds_to_ready": round(time.perf_counter() - begin, 1)}
+        post(port, REQUESTS["two short documents"])
+        result["seconds_to_first_answer"] = round(time.perf_counter() - begin, 1)
+        result["processor_seconds"] = round(processor_seconds(pid), 1)
+        result["stages"] = stages(cache / "log")
         memory = {"ready": peak(pid)}
         for name, documents in requests.items():
             result[f"tokens: {name}"] = post(port, documents)
@@ -71,30 +86,41 @@ def start(folder: Path, cache: Path, weights: int, requests: dict[str, list[str]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=list(BGE_SHAPES), default="v2-m3", help="of a random checkpoint")
+    parser.add_argument("--shape", choices=[*BGE_SHAPES, *QWEN3_SHAPES], default="v2-m3", help="of a random checkpoint")
+    parser.add_argument("--folders", nargs="+", choices=["published", "converted"], default=["published", "converted"])
+    parser.add_argument("--start-only", action="store_true", help="nothing is scored but the first answer")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         published, converted = Path(scratch) / "published", Path(scratch) / "converted"
-        bge_checkpoint(published, arguments.shape)
-        weights = (published / "model.safetensors").stat().st_size // 2
+        if arguments.shape in QWEN3_SHAPES:
+            qwen3_checkpoint(published, arguments.shape, ["what is panda?", *REQUESTS["two short documents"]])
+            grow_qwen_tokenizer(published, 151_669)
+        else:
+            bge_checkpoint(published, arguments.shape)
+        width = 2 if arguments.shape in QWEN3_SHAPES else 4
+        weights = sum(path.stat().st_size for path in published.glob("*.safetensors")) * 2 // width
         cli.main(["convert", str(published), str(converted), "--dtype", "bfloat16", "--no-progress"])
         sources: dict[str, Any] = {}
-        for folder in (published, converted):
+        requests = {} if arguments.start_only else REQUESTS
+        for folder in (Path(scratch) / name for name in arguments.folders):
             cache = Path(scratch) / f"cache of {folder.name}"
             cache.mkdir(mode=0o700)
-            first = start(folder, cache, weights, REQUESTS)
-            later = [start(folder, cache, weights, REQUESTS if i == REPEATS - 1 else {}) for i in range(REPEATS)]
+            first = start(folder, cache, weights, requests)
+            later = [start(folder, cache, weights, requests if i == REPEATS - 1 else {}) for i in range(REPEATS)]
             seconds = statistics.median(run["seconds_to_ready"] for run in later)
             ratio = round(seconds / first["seconds_to_ready"], 3)
+            answer = statistics.median(run["seconds_to_first_answer"] for run in later)
             sources[folder.name] = {"first": first, "later": later, "later_to_first": ratio}
             peaks = [run["peak_to_weights"] for run in (first, later[-1])]
             print(
                 f"{folder.name}: ready after {first['seconds_to_ready']} s, then {seconds} s "
-                f"({ratio}; aim {AIM_START}); peak memory {peaks[0]} and {peaks[1]} times the weights "
+                f"({ratio}; aim {AIM_START}), first answer after {answer} s "
+                f"(aim {AIM_ANSWER_S}); peak memory {peaks[0]} and {peaks[1]} times the weights "
                 f"(aim {AIM_MEMORY})"
             )
-    finish({"benchmark": "start", "shape": arguments.shape, "weights_bytes": weights, **sources}, arguments.output)
+    result = {"benchmark": "start", "shape": arguments.shape, "weights_bytes": weights, "load_average": os.getloadavg()}
+    finish({**result, **sources}, arguments.output)
 
 
 if __name__ == "__main__":
