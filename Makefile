@@ -6,20 +6,29 @@ MODEL ?=
 # TPU's compiler, as this jax wants it; apart from the other packages, since JAX would look for a TPU if it were one
 LIBTPU := 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if "libtpu" in r))'
 
-.PHONY: serve test check clean
+.PHONY: serve test test-clients test-ray check clean
 
 serve: .venv/serve
 	.venv/bin/jaxrank serve $(MODEL) --port $(PORT)
 
 test: .venv/test
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# Other servers' clients, in an environment of their own: they pin what they need
+test-clients: .venv/serve .venv-clients/done
+	cd tests/clients && PATH="$(CURDIR)/.venv/bin:$$PATH" "$(CURDIR)/.venv-clients/bin/python" -m pytest -q -c /dev/null --rootdir . --confcutdir .
+
+# The server and jobs on Ray, whose packages are many: in an environment on top of the tests' own
+test-ray: .venv-ray/done
+	cd tests/ray && "$(CURDIR)/.venv-ray/bin/python" -m pytest -q --disable-warnings -c /dev/null --rootdir . --confcutdir .
 
 check: .venv/check
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
-	.venv/bin/pyright jaxrank/convert/*.py jaxrank/server/*.py  # it does not follow links to folders by itself
+	.venv/bin/pyright jaxrank/convert/*.py jaxrank/server/*.py jaxrank/server/dialects/*.py  # it does not follow links to folders by itself
 	.venv/bin/python tests/check_wheel.py
+	.venv/bin/python tests/check_deploy.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxrank needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -34,9 +43,21 @@ check: .venv/check
 	.venv/bin/pip install --quiet --no-deps --upgrade --target .venv/tpu "$$(.venv/bin/python -c $(LIBTPU))"
 	touch $@
 
+.venv-clients/done: Makefile
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet 'litellm>=1.80' 'cohere>=5' 'pytest>=8'
+	touch $@
+
+.venv-ray/done: .venv/test
+	$(PYTHON) -m venv .venv-ray
+	echo "import site; site.addsitedir('$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	    >"$$(.venv-ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	.venv-ray/bin/pip install --quiet -e ".[ray]"
+	touch $@
+
 .venv/check: .venv/test
 	.venv/bin/pip install --quiet -e ".[test,bench,dev]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-clients .venv-ray build dist *.egg-info
