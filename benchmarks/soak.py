@@ -3,9 +3,9 @@
     python benchmarks/soak.py [--overload-s 300] [--soak-s 1200] [--output benchmarks/results/soak-cpu.json]
 
 1. Overload: latency unloaded (one client) and capacity (16 clients), then an open loop at three times the capacity,
-   then latency again. Accepted requests may take four times the unloaded p99 and the time in which the queue's bound
-   of tokens is scored at the speed of that part; refusals are to come in 20 ms; memory stays within 5 %. The number of
-   requests that the server says it answered 200 must be the number that the clients got.
+   then latency again. Accepted requests may take four times the unloaded p99 and the queue's bound in seconds
+   (--queue-seconds, the server's --max-queue-seconds); refusals are to come in 20 ms; memory stays within 5 %. The
+   number of requests that the server says it answered 200 must be the number that the clients got.
 2. Soak: every dialect with requests of 1 to 200 documents, while others hang up on what they asked, send and read by
    drops, or send what is no request. Memory's slope is by least squares over the last two thirds; when all have left,
    queue, threads, files and connections must be as before.
@@ -43,6 +43,8 @@ from serve import launch
 
 from jaxrank import bench
 from jaxrank.bench import Client, Outcome, Target
+
+PARTS = ("overload", "soak", "endings")
 
 PROBLEMS_KEPT = 20
 
@@ -113,7 +115,7 @@ def sampled(running: Running, every_s: float) -> Iterator[list[tuple[float, floa
         thread.join()
 
 
-def overload(running: Running, seconds: float, queue_tokens: int) -> dict[str, Any]:
+def overload(running: Running, seconds: float, queue_s: float) -> dict[str, Any]:
     """Part 1."""
     target = Target(running.url)
     queries = bench.made_up(64, 10, 100)
@@ -142,13 +144,13 @@ def overload(running: Running, seconds: float, queue_tokens: int) -> dict[str, A
     assert loaded.latency_ms
     assert loaded.refusal_ms
     assert after.latency_ms
-    bound_ms = 4 * before.latency_ms[2] + queue_tokens / tokens_per_s * 1e3
+    bound_ms = 4 * before.latency_ms[2] + queue_s * 1e3
     settled = [memory for at, memory in samples if at > seconds / 5]
     return {
         "unloaded": asdict(before),
         "capacity": asdict(capacity),
         "tokens_per_s_under_load": round(tokens_per_s),
-        "queue_tokens": queue_tokens,
+        "queue_seconds": queue_s,
         "rate": round(rate, 1),
         "loaded": asdict(loaded),
         "latency_bound_ms": round(bound_ms),
@@ -390,27 +392,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="a folder or Hugging Face id; default: the built-in model")
     parser.add_argument("--overload-s", type=float, default=300.0)
     parser.add_argument("--soak-s", type=float, default=1200.0)
-    parser.add_argument("--queue-tokens", type=int, default=65_536, help="the server's --max-queue-tokens")
+    parser.add_argument("--queue-seconds", type=float, default=0.5, help="the server's --max-queue-seconds")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     model = [arguments.model] if arguments.model else []
-    options = [*model, "--max-queue-tokens", str(arguments.queue_tokens)]
+    options = [*model, "--max-queue-seconds", str(arguments.queue_seconds)]
+    work = {
+        "overload": lambda: overload(running, arguments.overload_s, arguments.queue_seconds),
+        "soak": lambda: soak(running, arguments.soak_s),
+        "endings": lambda: endings(options, running, Path(scratch)),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         running = start(options, Path(scratch) / "server.log")
         try:
             result: dict[str, Any] = {"benchmark": "soak", "model": arguments.model or "builtin"}
-            result["overload"] = overload(running, arguments.overload_s, arguments.queue_tokens)
-            print(json.dumps(result["overload"], indent=1), flush=True)
-            result["soak"] = soak(running, arguments.soak_s)
-            print(json.dumps(result["soak"], indent=1), flush=True)
-            result["endings"] = endings(options, running, Path(scratch))
+            for part in arguments.parts:
+                result[part] = work[part]()
+                print(json.dumps(result[part], indent=1), flush=True)
         finally:
             running.process.kill()
     failed = [
-        f"{part}: {name}"
-        for part in ("overload", "soak", "endings")
-        for name, holds in result[part]["holds"].items()
-        if not holds
+        f"{part}: {name}" for part in arguments.parts for name, holds in result[part]["holds"].items() if not holds
     ]
     finish({**result, "failed": failed}, arguments.output)
     if failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,7 @@ class Settings:
     gate: GateLimits
     max_queue_tokens: int
     max_queue_requests: int
+    max_queue_s: float
     batch_rows: int
     inline_bytes: int
     encode_threads: int
@@ -132,6 +134,7 @@ def create_app(
     max_queue_tokens: int = 2**20,
     max_queue_requests: int = 512,
     max_queue_bytes: int = 512_000_000,
+    max_queue_s: float = math.inf,
     batch_rows: int = 2,
     body_timeout_s: float = 60.0,
     request_timeout_s: float = 60.0,
@@ -157,7 +160,8 @@ def create_app(
     by default 8 MB, or 40 MB for a model that sees, since images may lie in the request. media, limits: where such a
     model's images and videos may come from, and what of them is refused; media_workers: processes that decode them.
     max_queue_tokens, max_queue_requests, max_queue_bytes: with that much waiting, requests are answered 429 or 503, by
-    dialect; bytes are those of the requests' bodies. batch_rows: usual rows in one call of the device: more overlap the
+    dialect; bytes are those of the requests' bodies. max_queue_s: the same where what waits takes that many seconds at
+    the speed of the last batches. batch_rows: usual rows in one call of the device: more overlap the
     host's work with the device's and pack tighter, fewer let a newcomer wait less. body_timeout_s: most seconds for a
     body to arrive. request_timeout_s: from there to the answer; what is not scored then is answered 504. fail_after:
     batches that fail in a row until the server says that it is not ready; probe_s: seconds between tries of its own
@@ -181,6 +185,7 @@ def create_app(
         ),
         max_queue_tokens=max_queue_tokens,
         max_queue_requests=max_queue_requests,
+        max_queue_s=max_queue_s,
         batch_rows=batch_rows,
         inline_bytes=inline_bytes,
         encode_threads=encode_threads,
@@ -245,6 +250,7 @@ class Service:
             batch_tokens=settings.batch_rows * self.reranker.row_tokens,
             max_tokens=settings.max_queue_tokens,
             max_requests=settings.max_queue_requests,
+            max_wait_s=settings.max_queue_s,
             prepare=self._warm_up,
             on_failure=self._failed,
             on_batch=self.metrics.batch,

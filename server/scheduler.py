@@ -94,6 +94,7 @@ class Scheduler:
 
     score: scores any number of pairs, called from the device thread only. batch_tokens: most tokens in one call of it
     (a longer single pair goes alone). max_tokens, max_requests: no request is admitted while the queue holds that many.
+    max_wait_s: nor while the queue's tokens would take that long at the measured speed.
     prepare: run on the device thread before anything is scored. on_failure: told when prepare failed or the thread
     died; nothing will be scored any more. on_batch: told of every batch, on the device thread. fail_after: batches in a
     row of which nothing could be scored, until `failing`. probe: pairs to try every probe_s seconds then.
@@ -106,6 +107,7 @@ class Scheduler:
         batch_tokens: int,
         max_tokens: int,
         max_requests: int,
+        max_wait_s: float = math.inf,
         prepare: Callable[[], None] = lambda: None,
         on_failure: Callable[[BaseException], None] = lambda error: None,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
@@ -121,6 +123,7 @@ class Scheduler:
         self._batch_tokens = batch_tokens
         self._max_tokens = max_tokens
         self._max_requests = max_requests
+        self._max_wait_s = max_wait_s
         self._prepare = prepare
         self._on_failure = on_failure
         self._thread = threading.Thread(target=self._main, name="jaxrank-device", daemon=True)
@@ -140,6 +143,7 @@ class Scheduler:
         self._stop = False
         self.tokens = 0  # submitted and not scored
         self._rate = 0.0  # tokens a second, smoothed
+        self._busy_since = 0.0  # since when the device thread works on the batch, or on what the last one left to do
 
     def start(self) -> None:
         """Start the device thread. Raises RuntimeError outside an event loop, or on a second call."""
@@ -174,6 +178,11 @@ class Scheduler:
         return self._rate
 
     @property
+    def wait_s(self) -> float:
+        """Seconds until all that waits now is scored, by the measured speed; 0 before the first batch."""
+        return self.tokens / self._rate if self._rate else 0.0
+
+    @property
     def failing(self) -> bool:
         """Whether the last batches failed altogether. A success ends it."""
         return self.failures >= self._fail_after
@@ -201,7 +210,7 @@ class Scheduler:
             raise Closing
         if self.failed:
             raise ScoringFailed("Scoring has stopped for good. The server has to be restarted.")
-        if self.requests >= self._max_requests or self.tokens >= self._max_tokens:
+        if self.requests >= self._max_requests or self.tokens >= self._max_tokens or self.wait_s >= self._max_wait_s:
             raise Overloaded(self.retry_after())
 
     async def submit(self, encoded: Sequence[Encoded], stage: Stage = lambda name, begin, end: None) -> Logits:
@@ -231,7 +240,7 @@ class Scheduler:
 
     def retry_after(self) -> int:
         """Whole seconds until about half of the queue is scored, 1 to 60."""
-        return min(60, max(1, math.ceil(self.tokens / 2 / self._rate))) if self._rate else 1
+        return min(60, max(1, math.ceil(self.wait_s / 2)))
 
     def _drop(self, job: Job) -> None:
         """Forget the pairs of a job that no batch holds yet. The caller holds _change."""
@@ -249,6 +258,7 @@ class Scheduler:
         batch: Batch = []
         try:
             self._prepare()
+            self._busy_since = time.perf_counter()
             self.ready = True
             while not self._ended():
                 if batch := self._next_batch():
@@ -273,7 +283,9 @@ class Scheduler:
         """The next batch, waiting for one; empty when told to stop and nothing is left, or when it is time to probe."""
         with self._change:
             while not self._jobs and not self._stop:
-                if not self._change.wait(self._probe_s if self.failing else None):
+                woken = self._change.wait(self._probe_s if self.failing else None)
+                self._busy_since = time.perf_counter()
+                if not woken:
                     return []
             now = time.perf_counter()
             batch: Batch = []
@@ -298,14 +310,16 @@ class Scheduler:
         pairs = [job.encoded[index] for job, index in batch]
         started = time.perf_counter()
         logits, failed = self._score_or_halve(pairs)
-        seconds = max(time.perf_counter() - started, 1e-6)
+        ended = time.perf_counter()
+        seconds = max(ended - started, 1e-6)
+        busy_s, self._busy_since = max(ended - self._busy_since, 1e-6), ended
         tokens = sum(len(pair.tokens) for pair in pairs)
         self._note_success(not all(failed))
         answers: list[tuple[Job, Logits | ScoringFailed]] = []
         with self._change:
             self.tokens -= tokens
             if not any(failed):
-                self._rate += (tokens / seconds - self._rate) * (0.2 if self._rate else 1)
+                self._rate += (tokens / busy_s - self._rate) * (0.2 if self._rate else 1)
             for (job, index), logit, lost in zip(batch, logits.tolist(), failed, strict=True):
                 job.logits[index] = logit
                 job.unscored -= 1

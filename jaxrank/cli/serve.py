@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def _limit_arguments(group: Any) -> None:
         help="the same, in tokens",
     )
     group.add_argument("--max-queue-bytes", type=count, default=512_000_000, metavar="N", help="the same, in bytes")
+    group.add_argument("--max-queue-seconds", type=time_span, default=math.inf, metavar="SECONDS",
+                       help="the same, in seconds of work at the measured speed; default: no limit")  # fmt: skip
     group.add_argument("--request-timeout", type=time_span, default=60.0, metavar="SECONDS",
                        help="from a request's arrival to its answer")  # fmt: skip
     group.add_argument(
@@ -189,6 +192,7 @@ def app_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         max_queue_requests=arguments.max_queue_requests,
         max_queue_tokens=arguments.max_queue_tokens,
         max_queue_bytes=arguments.max_queue_bytes,
+        max_queue_s=arguments.max_queue_seconds,
         request_timeout_s=arguments.request_timeout,
         body_timeout_s=arguments.body_timeout,
         otlp_endpoint=arguments.otlp_endpoint,

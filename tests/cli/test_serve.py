@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import socket
 from pathlib import Path
@@ -38,6 +39,7 @@ ALL_FLAGS = """some/model --host ::1 --port 8001 --api-key one --api-key two --s
     --video-max-frames 32 --video-max-pixels 500000 --dp 2 --tensor-parallel-size 4 --open-metrics
     --cors-origins https://a.example,http://b:81 --max-header-bytes 2000 --max-connections 20 --max-queue-requests 30
     --max-queue-tokens 4000 --max-queue-bytes 5000 --request-timeout 1.5 --body-timeout 2.5 --shutdown-grace 0
+    --max-queue-seconds 3.5
     --log-format json --otlp-endpoint http://c --dialect cohere --auto-truncate false --load-format pt
     --quantization int8"""
 
@@ -94,7 +96,8 @@ class TestServe:
             dict(host="127.0.0.1", port=30000, served_model_name=None, api_keys=[], open_metrics=False, cors_origins=[],
                  dialect="auto", truncate=True,
                  max_documents=1000, max_body_bytes=None, max_header_bytes=32768, max_connections=1000,
-                 max_queue_requests=512, max_queue_tokens=1048576, max_queue_bytes=512_000_000, request_timeout_s=60.0,
+                 max_queue_requests=512, max_queue_tokens=1048576, max_queue_bytes=512_000_000, max_queue_s=math.inf,
+                 request_timeout_s=60.0,
                  body_timeout_s=60.0, shutdown_grace_s=30.0, log_format="text", otlp_endpoint=None,
                  media=MediaAccess(), limits=Limits(), media_workers=2),
         )  # fmt: skip
@@ -108,7 +111,7 @@ class TestServe:
                  open_metrics=True, cors_origins=["https://a.example", "http://b:81"], dialect="cohere", truncate=False,
                  max_documents=7,
                  max_body_bytes=1000, max_header_bytes=2000, max_connections=20, max_queue_requests=30,
-                 max_queue_tokens=4000, max_queue_bytes=5000, request_timeout_s=1.5, body_timeout_s=2.5,
+                 max_queue_tokens=4000, max_queue_bytes=5000, max_queue_s=3.5, request_timeout_s=1.5, body_timeout_s=2.5,
                  shutdown_grace_s=0.0, log_format="json", otlp_endpoint="http://c",
                  media=MediaAccess(remote=False, domains=("a.example", "b.example"), private=True, folder=Path("/"),
                                    max_items=3, max_bytes=1000, max_request_bytes=5000, total_s=2.5),

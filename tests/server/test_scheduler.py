@@ -82,6 +82,26 @@ class TestOverHttp:
             assert queued(base) == (0, 0)
             assert rerank(base, body("3")).status_code == 200
 
+    def test_overload_by_seconds(self) -> None:
+        fake = FakeReranker(row_tokens=50, delay_s=0.02)  # at most 2,500 tokens a second
+        with serving(fake, max_queue_s=1.0) as base, ThreadPoolExecutor(2) as pool:
+            assert (
+                rerank(base, body(*["x" * 10] * 400)).status_code == 200
+            )  # nothing is refused before a speed is known
+            fake.gate.clear()
+            fake.waiting.clear()
+            held = pool.submit(rerank, base, body(*["x" * 10] * 5))
+            assert fake.waiting.wait(5)
+            more = pool.submit(rerank, base, body(*["x" * 10] * 400))  # a request is judged by the queue that it finds
+            until(lambda: queued(base) == (2, 4050))
+            response = rerank(base, body("3"))
+            assert response.status_code == 503
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+            assert response.json()["message"].startswith("The request queue is full.")
+            fake.gate.set()
+            assert (held.result().status_code, more.result().status_code) == (200, 200)
+            assert rerank(base, body("3")).status_code == 200
+
     @pytest.mark.parametrize("half_close", [False, True])
     def test_a_client_that_leaves_is_dropped(self, half_close: bool) -> None:
         fake = FakeReranker(row_tokens=100)
