@@ -502,6 +502,13 @@ class TestPrograms:
         page.open(fake)
         page.fill("q", "1 a")
         page.one("#as-curl summary").click()
+        page.driver.execute_script(  # what is typed right before the click is copied too
+            """const box = document.querySelector("#documents textarea");
+            document.querySelector("[data-copy=curl]").addEventListener("click", () => {
+              box.value = "2 b";
+              box.dispatchEvent(new Event("input", {bubbles: true}));
+            }, {capture: true, once: true});"""
+        )
         page.one("[data-copy=curl]").click()
         until(lambda: page.text("[data-copy=curl]") == "Copied")
 
@@ -511,7 +518,7 @@ class TestPrograms:
             return str(page.one("#query").get_property("value"))
 
         until(lambda: pasted().startswith("curl 'http://127.0.0.1:"))  # the clipboard may be a moment late
-        assert '"1 a"' in pasted()
+        assert '"2 b"' in pasted()
 
 
 class TestAddress:
