@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py [--overload-s 300] [--soak-s 1200] [--output benchmarks/results/soak-cpu.json]
 
-1. Overload: latency unloaded (one client) and capacity (16 clients), then an open loop at three times the capacity,
+1. Overload: latency unloaded (one client) and capacity (8 clients), then an open loop at three times the capacity,
    then latency again. Accepted requests may take four times the unloaded p99 and the queue's bound in seconds
    (--queue-seconds, the server's --max-queue-seconds); refusals are to come in 20 ms; memory stays within 5 %. The
    number of requests that the server says it answered 200 must be the number that the clients got.
@@ -131,7 +131,7 @@ def overload(running: Running, seconds: float, queue_s: float) -> dict[str, Any]
         return running.metrics()["jaxrank_pair_tokens_total"]
 
     before, _ = measure(lambda: bench.closed_loop(target, bodies, 1, duration_s=20))
-    capacity, _ = measure(lambda: bench.closed_loop(target, bodies, 16, duration_s=20))
+    capacity, _ = measure(lambda: bench.closed_loop(target, bodies, 8, duration_s=20))
     rate, scored = 3 * capacity.requests_per_s, tokens()
     print(f"{capacity.requests_per_s} requests/s; {rate:.0f} requests/s from here on", flush=True)
     with sampled(running, 1.0) as samples:
@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="a folder or Hugging Face id; default: the built-in model")
     parser.add_argument("--overload-s", type=float, default=300.0)
     parser.add_argument("--soak-s", type=float, default=1200.0)
-    parser.add_argument("--queue-seconds", type=float, default=0.5, help="the server's --max-queue-seconds")
+    parser.add_argument("--queue-seconds", type=float, default=1.0, help="the server's --max-queue-seconds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
