@@ -11,8 +11,6 @@ import pytest
 
 from jaxrank import cli
 
-pytest.importorskip("ir_measures")
-
 
 @pytest.fixture
 def collection(tmp_path: Path) -> Path:
@@ -71,7 +69,6 @@ def test_pytrec_evals_figures(collection: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_plot(collection: Path) -> None:
-    pytest.importorskip("matplotlib")
     from PIL import Image
 
     argv = [str(collection / "a.run"), "--qrels", str(collection / "qrels"), "--plot", str(collection / "plot.png")]

@@ -109,7 +109,6 @@ class TestRuns:
         assert list(ranking(output)) == ["q3", "q5"]
 
     def test_beir_without_a_run(self, fake: Fake, files: Files) -> None:
-        pytest.importorskip("bm25s")
         files.corpus = [
             json.dumps({"_id": f"d{i}", "text": f"{i} about {word}"})
             for i, word in enumerate(["pandas", "rain", "tea"] * 4)
