@@ -319,7 +319,8 @@ class Scheduler:
         with self._change:
             self.tokens -= tokens
             if not any(failed):
-                self._rate += (tokens / busy_s - self._rate) * (0.2 if self._rate else 1)
+                # slowly: under pressure the queue fills up to every peak of the estimate
+                self._rate += (tokens / busy_s - self._rate) * (0.05 if self._rate else 1)
             for (job, index), logit, lost in zip(batch, logits.tolist(), failed, strict=True):
                 job.logits[index] = logit
                 job.unscored -= 1
