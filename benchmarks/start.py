@@ -28,6 +28,7 @@ from checkpoints import BGE_SHAPES, QWEN3_SHAPES, bge_checkpoint, grow_qwen_toke
 from machine import finish, peak
 from serve import serving, state
 
+import jaxrank
 from jaxrank import cli
 
 AIM_MEMORY, AIM_START, AIM_ANSWER_S = 1.6, 0.5, 10.0
@@ -94,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         published, converted = Path(scratch) / "published", Path(scratch) / "converted"
         if arguments.shape in QWEN3_SHAPES:
-            qwen3_checkpoint(published, arguments.shape, ["what is panda?", *REQUESTS["two short documents"]])
+            # the prompt too, whose words would be letters otherwise: three times the published tokens
+            prompt = (Path(jaxrank.__file__).parent / "templates" / "qwen3" / "official.jinja").read_text()
+            qwen3_checkpoint(published, arguments.shape, [prompt, "what is panda?", *REQUESTS["two short documents"]])
             grow_qwen_tokenizer(published, 151_669)
         else:
             bge_checkpoint(published, arguments.shape)
