@@ -24,6 +24,8 @@ from jaxrank import convert
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.models import settings_of
 from jaxrank.reranker import BUILTIN, Content, Reranker, sigmoid
+from jaxrank.tokens import PairTokenizer, token_ids
+from jaxrank.types import Encoded
 
 Activation = Callable[[Any], Any]
 """From logits of the shape [n, 1] to scores, each by itself: of a float32 NumPy array, or of a PyTorch tensor."""
@@ -80,9 +82,9 @@ class Evaluations:
 class CrossEncoder:
     """Scores pairs of texts, with the arguments and results of sentence-transformers' class.
 
-    Where it differs: a query of more than half of max_length is cut to 3/4 of it, and then the document (there, the
-    longer of the two); texts that look like a special token stay text. JAX chooses the devices. `reranker` is the
-    Reranker, `activation_fn` what turns logits into scores, `model_card_data` holds what evaluators found.
+    Scores are those of that class, but where a text has something that looks like a special token: it stays text here.
+    JAX chooses the devices. `reranker` is the Reranker, `activation_fn` what turns logits into scores,
+    `model_card_data` holds what evaluators found.
     """
 
     @renamed(
@@ -154,12 +156,11 @@ class CrossEncoder:
         config = convert.read_config(folder)
         saved = read_object(folder / convert.SETTINGS)
         limit = limit if max_length is None else max_length
-        self.reranker = Reranker.from_pretrained(
-            folder,
-            max_length=saved_length(folder, config) if limit is None else limit,
-            **{"dtype": saved_dtype(config) if dtype in (None, "auto") else str(dtype).removeprefix("torch.")}
-            | settings,
-        )
+        settings["max_length"] = saved_length(folder, config) if limit is None else limit
+        if dtype in (None, "auto"):
+            dtype = saved_dtype(config)
+        settings.setdefault("dtype", str(dtype).removeprefix("torch."))
+        self.reranker = Reranker.from_pretrained(folder, **settings)
         self.reranker.name = "jaxrank/builtin" if model_name_or_path is None else str(model_name_or_path)
         prompts = {**(saved.get("prompts") or {}), **(prompts or {})}
         self.prompts = {name: text or "" for name, text in prompts.items()}
@@ -207,13 +208,14 @@ class CrossEncoder:
             raise RequestError(f"predict takes no {next(iter(kwargs))}; leave it out")
         check_device(device)
         single = is_single(inputs)
-        pairs = [inputs] if single else list(inputs)
+        pairs: list[Any] = [inputs] if single else list(inputs)
         asked = self._prompt(prompt, prompt_name)
         instruct = asked if self.reranker.takes_instruct else None
         if asked and instruct is None:
             pairs = [(asked + pair[0], pair[1]) if is_pair(pair) else pair for pair in pairs]
         check_batch_size(batch_size)
-        logits = self.reranker.predict(pairs, instruct=instruct, raw=True, progress=bool(show_progress_bar))
+        encoded = self.reranker.encode_pairs(pairs, instruct=instruct)
+        logits = self._logits(pairs, encoded, show_progress_bar)
         scores = activated(activation_fn or self.activation_fn, logits)
         if convert_to_tensor or not convert_to_numpy:
             import torch
@@ -254,8 +256,8 @@ class CrossEncoder:
         instruct = asked if self.reranker.takes_instruct else None
         if asked and instruct is None and isinstance(query, str):
             query = asked + query
-        progress = bool(show_progress_bar)
-        logits = self.reranker.score(query, documents, instruct=instruct, raw=True, progress=progress)
+        encoded = self.reranker.encode(query, documents, instruct=instruct)
+        logits = self._logits([(query, document) for document in documents], encoded, show_progress_bar)
         scores = activated(activation_fn or self.activation_fn, logits).tolist()
         ranked = sorted(range(len(scores)), key=lambda i: scores[i], reverse=True)[:top_k]
         return [
@@ -267,6 +269,12 @@ class CrossEncoder:
         if output_path is not None:
             Path(output_path).mkdir(parents=True, exist_ok=True)
         return evaluator(self, output_path)
+
+    def _logits(self, pairs: Sequence[Any], encoded: list[Encoded], show_progress_bar: bool | None) -> np.ndarray:
+        """The float32 logits [n] of pairs."""
+        if isinstance(self.reranker.tokenizer, PairTokenizer):
+            encoded = cut_longest_first(self.reranker.tokenizer, pairs, encoded)
+        return self.reranker.score_encoded(encoded, progress=bool(show_progress_bar))
 
     def _prompt(self, prompt: str | None, name: str | None) -> str | None:
         """What is put before the queries, or instructs the model; None for nothing."""
@@ -295,6 +303,27 @@ def is_single(inputs: Any) -> bool:
 
 def is_pair(pair: Any) -> bool:
     return not isinstance(pair, str) and hasattr(pair, "__len__") and len(pair) == 2 and isinstance(pair[0], str)
+
+
+def cut_longest_first(
+    tokenizer: PairTokenizer, pairs: Sequence[tuple[str, str]], encoded: list[Encoded]
+) -> list[Encoded]:
+    """Pairs that are too long, cut as transformers' "longest_first" does: the longer text to the length of the other,
+    then both alike. The tokenizer's own way differs where the query has more than half of the room."""
+    room = tokenizer.max_length - 4
+    whole = {pairs[i][0]: np.zeros(0, np.int32) for i, pair in enumerate(encoded) if pair.dropped}
+    for query, ids in zip(whole, token_ids(tokenizer.tokenizer, list(whole)), strict=True):
+        whole[query] = np.array(ids, np.int32)
+    places = [i for i, pair in enumerate(encoded) if pair.dropped and 2 * len(whole[pairs[i][0]]) > room]
+    cut = list(encoded)
+    for i, ids in zip(places, token_ids(tokenizer.tokenizer, [pairs[i][1] for i in places]), strict=True):
+        query = whole[pairs[i][0]]
+        shorter = min(len(query), len(ids), room // 2)
+        most = [shorter, room - shorter] if len(query) <= len(ids) else [room - shorter, shorter]
+        kept, own = query[: most[0]], ids[: most[1]]
+        tokens = [tokenizer.cls_id, *kept, tokenizer.sep_id, tokenizer.sep_id, *own, tokenizer.sep_id]
+        cut[i] = Encoded(np.array(tokens, np.int32), 0, len(query) + len(ids) - len(kept) - len(own))
+    return cut
 
 
 def check_left_out(argument: str, entries: Mapping[str, Any]) -> None:

@@ -23,8 +23,6 @@ from jaxrank.errors import RequestError
 from jaxrank.mteb import MTEBReranker
 from tests.checkpoints import make_bge, make_qwen3
 
-OWN = dict(compile_cache=None, row_tokens=512)
-
 PARAGRAPHS = {
     "panda": "The giant panda is a bear species endemic to China. It eats bamboo almost alone, and lives in mountain "
     "forests of Sichuan, Shaanxi and Gansu.",
@@ -104,12 +102,12 @@ def figures(model: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bge(tmp_path_factory.mktemp("bge"), seed=1)
+    return make_bge(tmp_path_factory.mktemp("bge"), seed=1, max_position_embeddings=258)
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> MTEBReranker:
-    return MTEBReranker(str(folder), **OWN)
+def model(folder: Path, own: dict[str, Any]) -> MTEBReranker:
+    return MTEBReranker(str(folder), **own)
 
 
 class TestEvaluate:
@@ -121,13 +119,13 @@ class TestEvaluate:
         numbers = [name for name, value in theirs.items() if isinstance(value, int | float)]
         assert len(numbers) > 30
         assert {name: ours[name] for name in numbers} == pytest.approx(
-            {name: theirs[name] for name in numbers}, abs=1e-9
+            {name: theirs[name] for name in numbers}, abs=1e-9, nan_ok=True
         )
         assert 0.1 < ours["main_score"] < 0.99
 
-    def test_as_measured_apart(self, model: MTEBReranker, folder: Path) -> None:
+    def test_as_measured_apart(self, model: MTEBReranker, folder: Path, own: dict[str, Any]) -> None:
         """The order of Reranker's scores, judged by ir-measures."""
-        reranker = Reranker.from_pretrained(folder, dtype="float32", compile_cache=None)
+        reranker = Reranker.from_pretrained(folder, dtype="float32", **own)
         run = {
             query: dict(zip(names, reranker.score(text, [f"{n} {PARAGRAPHS[n]}" for n in names]).tolist(), strict=True))
             for (query, names), text in zip(CANDIDATES.items(), QUESTIONS, strict=True)
@@ -142,20 +140,20 @@ class TestEvaluate:
             want = ir_measures.calc_aggregate([measure], QRELS, run)[measure]
             assert ours[name] == pytest.approx(want, abs=1e-5), name
 
-    def test_built_in(self) -> None:
+    def test_built_in(self, model: MTEBReranker, own: dict[str, Any]) -> None:
         """A model that was trained ranks better than one that was not."""
-        model = MTEBReranker(compile_cache=None)
-        assert model.mteb_model_meta.name == "jaxrank/builtin"
-        assert figures(model)["ndcg_at_10"] > 0.8
+        builtin = MTEBReranker(**own)
+        assert builtin.mteb_model_meta.name == "jaxrank/builtin"
+        assert figures(builtin)["ndcg_at_10"] > figures(model)["ndcg_at_10"] + 0.1
 
-    def test_loaded_by_mteb(self, folder: Path, model: MTEBReranker) -> None:
+    def test_loaded_by_mteb(self, folder: Path, model: MTEBReranker, own: dict[str, Any]) -> None:
         meta = model.mteb_model_meta
-        assert (meta.is_cross_encoder, meta.framework, meta.max_tokens) == (True, ["JAX"], 512)
+        assert (meta.is_cross_encoder, meta.framework, meta.max_tokens) == (True, ["JAX"], 256)
         assert meta.name == str(folder)
         again = meta.load_model()
         assert isinstance(again, MTEBReranker)
         assert figures(again)["main_score"] == figures(meta)["main_score"] == figures(model)["main_score"]
-        half = MTEBReranker(folder, dtype="bfloat16", **OWN).mteb_model_meta
+        half = MTEBReranker(folder, dtype="bfloat16", **own).mteb_model_meta
         assert half.experiment_kwargs == {"dtype": "bfloat16"}
         assert half != meta
 
@@ -185,12 +183,12 @@ class TestPredict:
         monkeypatch.setattr("jaxrank.mteb.PAIRS", 5)
         np.testing.assert_allclose(self.predict(model, batch_size=4), want, atol=1e-6)
 
-    def test_instructions(self, model: MTEBReranker, tmp_path: Path) -> None:
+    def test_instructions(self, model: MTEBReranker, own: dict[str, Any], tmp_path: Path) -> None:
         """Behind the query for models that read none, as MTEB writes it, and in their place for those that do."""
         instructions = ["Find animals.", "Find places.", "Find places."] * len(QUESTIONS)
         behind = [(f"{query} {i}", document) for (query, document), i in zip(PAIRS, instructions, strict=True)]
         np.testing.assert_allclose(self.predict(model, instructions), model.model.predict(behind), atol=1e-6)
-        prompted = MTEBReranker(CrossEncoder(make_qwen3(tmp_path), max_length=256, compile_cache=None))
+        prompted = MTEBReranker(CrossEncoder(make_qwen3(tmp_path), max_length=256, **own))
         assert prompted.mteb_model_meta.use_instructions
         want = [
             prompted.model.reranker.score(query, [document], instruct=instruct)[0]
