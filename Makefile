@@ -63,7 +63,7 @@ check: .venv/check
 	$(PYTHON) -m venv .venv-research
 	echo "import site; site.addsitedir('$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')')" \
 	    >"$$(.venv-research/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
-	.venv-research/bin/pip install --quiet -e ".[mteb]" 'sentence-transformers>=6' 'qdrant-client>=1.15'
+	.venv-research/bin/pip install --quiet -e ".[mteb]" 'sentence-transformers==6.2.*' 'qdrant-client>=1.15'
 	touch $@
 
 .venv/check: .venv/test

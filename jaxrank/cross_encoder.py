@@ -200,9 +200,9 @@ class CrossEncoder:
         A float32 array [n], a float32 scalar for a single pair; convert_to_tensor: a tensor [n] on CPU, or []; neither
         that nor convert_to_numpy: a list of tensors [], or one. prompt, prompt_name: see __init__; a prompt itself goes
         before a name. activation_fn: instead of the model's; it is called with a NumPy array [n, 1], and where it
-        takes none (TypeError, AttributeError) with a tensor. show_progress_bar: a bar for long jobs, on a terminal.
-        Without effect: batch_size (rows are packed by tokens; it must be positive), apply_softmax (there is one label),
-        device, pool, chunk_size, num_workers. RequestError: what is no pair of texts, and other arguments.
+        takes none (TypeError, AttributeError) with a tensor. show_progress_bar: a bar for long jobs on a terminal; None
+        for none. Without effect: batch_size (rows are packed by tokens; it must be positive), apply_softmax (there is
+        one label), device, pool, chunk_size, num_workers. RequestError: what is no pair of texts, other arguments.
         """
         if kwargs:
             raise RequestError(f"predict takes no {next(iter(kwargs))}; leave it out")

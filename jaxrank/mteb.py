@@ -1,7 +1,6 @@
 """Rerankers as cross-encoders of MTEB: `mteb.evaluate(MTEBReranker("BAAI/bge-reranker-v2-m3"), tasks)`.
 
-Needs the package mteb (`jaxrank[mteb]`). Where MTEB has the model in its registry, its card can be kept:
-`mteb.get_model_meta(name).model_copy(update={"loader": MTEBReranker, "loader_kwargs": {}})`.
+Needs the package mteb (`jaxrank[mteb]`).
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ PAIRS = 4096
 NO_REVISION = "no_revision_available"
 """MTEB's word for none."""
 
-EXPERIMENT = (
-    "dtype", "quantization", "max_length", "prompt", "chat_template", "instruct", "default_prompt_name",
-)  # fmt: skip
-"""Settings that change scores: by them MTEB tells the results of a model apart."""
+EXPERIMENT = ("quantization", "prompt", "chat_template", "default_prompt_name")
+"""Settings that change scores, besides those that a Reranker tells: MTEB keeps results apart by them."""
 
 
 class MTEBReranker:
@@ -48,18 +45,22 @@ class MTEBReranker:
         named = not isinstance(model, CrossEncoder)
         self.model = CrossEncoder(model, revision=revision, device=device, **settings) if named else model
         reranker = self.model.reranker
+        experiment: dict[str, Any] = {name: str(settings[name]) for name in EXPERIMENT if name in settings}
+        experiment |= {"dtype": reranker.dtype, "max_length": reranker.max_length}
+        if reranker.instruct is not None:
+            experiment["instruct"] = reranker.instruct
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites=dict(
                 name=str(Path(reranker.name).resolve()) if Path(reranker.name).is_dir() else reranker.name,
                 revision=revision or NO_REVISION,
                 loader=MTEBReranker if named and model is not None else None,
-                loader_kwargs=settings,
+                loader_kwargs={name: value for name, value in settings.items() if name != "token"},  # it is saved
                 framework=["JAX"],
                 model_type=["cross-encoder"],
                 modalities=["text"],
                 max_tokens=reranker.max_length,
                 use_instructions=reranker.takes_instruct,
-                experiment_kwargs={name: settings[name] for name in EXPERIMENT if name in settings} or None,
+                experiment_kwargs=experiment,
             )
         )
 

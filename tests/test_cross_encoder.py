@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from jaxrank import CrossEncoder, Reranker, convert
+from jaxrank.cross_encoder import cut_longest_first
 from jaxrank.errors import CheckpointError, RequestError
+from jaxrank.tokens import PairTokenizer
 from tests.checkpoints import TEXT, edit_config, make_bge, make_qwen3
 
 QUERY = "what is panda?"
@@ -154,6 +157,23 @@ class TestPredict:
         for wanted in (None, False, True):
             model.predict(PAIRS, show_progress_bar=wanted)
         assert shown == [False, False, True]
+
+
+@pytest.mark.parametrize("max_length", [8, 9, 10, 33, 64])
+def test_long_pairs_are_cut_as_by_transformers(folder: Path, max_length: int) -> None:
+    whole = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PairTokenizer(folder, max_length)
+    texts = ["", "a", "panda", "Where do pandas live?", TEXT[0], TEXT[2], "Paris " * 60]
+    pairs = [(query, document) for query in texts for document in texts]
+    encoded = [pair for query in texts for pair in tokenizer.encode(query, texts)]
+    cut = cut_longest_first(tokenizer, pairs, encoded)
+    for (query, document), own, pair in zip(pairs, encoded, cut, strict=True):
+        full = len(whole.tokenize(query)) + len(whole.tokenize(document)) + 4
+        want = whole(query, document, truncation="longest_first", max_length=max_length)["input_ids"]
+        if query and document:  # given one pair alone, transformers takes an empty text for none
+            assert pair.tokens.tolist() == want
+        assert pair.dropped == full - len(pair.tokens)
+        assert pair is own or own.dropped
 
 
 class TestRank:

@@ -153,9 +153,22 @@ class TestEvaluate:
         again = meta.load_model()
         assert isinstance(again, MTEBReranker)
         assert figures(again)["main_score"] == figures(meta)["main_score"] == figures(model)["main_score"]
-        half = MTEBReranker(folder, dtype="bfloat16", **own).mteb_model_meta
-        assert half.experiment_kwargs == {"dtype": "bfloat16"}
-        assert half != meta
+        assert again.mteb_model_meta.experiment_kwargs == meta.experiment_kwargs
+
+    def test_results_that_mteb_keeps(self, folder: Path, own: dict[str, Any], tmp_path: Path) -> None:
+        """Those of another dtype are not taken for these, and no token is written down."""
+        kept = mteb.ResultCache(tmp_path)
+        scored: list[Any] = []
+        for dtype in ("float32", "bfloat16", "bfloat16"):
+            model = MTEBReranker(folder, model_kwargs={"dtype": dtype}, token="secret", **own)
+            model.predict = lambda *loaders, of=model, **given: (
+                scored.append(of) or type(of).predict(of, *loaders, **given)
+            )
+            mteb.evaluate(model, Paragraphs(), cache=kept, show_progress_bar=False, co2_tracker=False)
+        assert [model.model.reranker.dtype for model in scored] == ["float32", "bfloat16"]
+        written = "".join(file.read_text() for file in tmp_path.rglob("*.json"))
+        assert "max_length" in written
+        assert "secret" not in written
 
 
 def loader(rows: list[dict[str, str]], kind: PromptType) -> Any:
