@@ -156,16 +156,16 @@ class TestEvaluate:
         assert again.mteb_model_meta.experiment_kwargs == meta.experiment_kwargs
 
     def test_results_that_mteb_keeps(self, folder: Path, own: dict[str, Any], tmp_path: Path) -> None:
-        """Those of another dtype are not taken for these, and no token is written down."""
+        """Those of another length are not taken for these, and no token is written down."""
         kept = mteb.ResultCache(tmp_path)
         scored: list[Any] = []
-        for dtype in ("float32", "bfloat16", "bfloat16"):
-            model = MTEBReranker(folder, model_kwargs={"dtype": dtype}, token="secret", **own)
+        for length in (256, 128, 128):
+            model = MTEBReranker(folder, processor_kwargs={"model_max_length": length}, token="secret", **own)
             model.predict = lambda *loaders, of=model, **given: (
                 scored.append(of) or type(of).predict(of, *loaders, **given)
             )
             mteb.evaluate(model, Paragraphs(), cache=kept, show_progress_bar=False, co2_tracker=False)
-        assert [model.model.reranker.dtype for model in scored] == ["float32", "bfloat16"]
+        assert [model.model.max_length for model in scored] == [256, 128]
         written = "".join(file.read_text() for file in tmp_path.rglob("*.json"))
         assert "max_length" in written
         assert "secret" not in written
