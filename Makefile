@@ -6,7 +6,7 @@ MODEL ?=
 # TPU's compiler, as this jax wants it; apart from the other packages, since JAX would look for a TPU if it were one
 LIBTPU := 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if "libtpu" in r))'
 
-.PHONY: serve test test-clients test-ray check clean
+.PHONY: serve test test-clients test-ray test-research check clean
 
 serve: .venv/serve
 	.venv/bin/jaxrank serve $(MODEL) --port $(PORT)
@@ -21,6 +21,10 @@ test-clients: .venv/serve .venv-clients/done
 # The server and jobs on Ray, whose packages are many: in an environment on top of the tests' own
 test-ray: .venv-ray/done
 	cd tests/ray && "$(CURDIR)/.venv-ray/bin/python" -m pytest -q --disable-warnings -c /dev/null --rootdir . --confcutdir .
+
+# CrossEncoder and the model for MTEB beside what they stand in for
+test-research: .venv-research/done
+	cd tests/research && "$(CURDIR)/.venv-research/bin/python" -m pytest -q -c /dev/null --rootdir . --confcutdir .
 
 check: .venv/check
 	.venv/bin/ruff check .
@@ -55,9 +59,16 @@ check: .venv/check
 	.venv-ray/bin/pip install --quiet -e ".[ray]"
 	touch $@
 
+.venv-research/done: .venv/test Makefile
+	$(PYTHON) -m venv .venv-research
+	echo "import site; site.addsitedir('$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	    >"$$(.venv-research/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	.venv-research/bin/pip install --quiet -e ".[mteb]" 'sentence-transformers==6.2.*' 'qdrant-client>=1.15'
+	touch $@
+
 .venv/check: .venv/test
 	.venv/bin/pip install --quiet -e ".[test,bench,dev]"
 	touch $@
 
 clean:
-	rm -rf .venv .venv-clients .venv-ray build dist *.egg-info
+	rm -rf .venv .venv-clients .venv-ray .venv-research build dist *.egg-info

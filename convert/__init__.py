@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from jaxrank import checkpoint
 from jaxrank.checkpoint import Load, read_config
 from jaxrank.convert import qwen3, qwen3_vl, safetensors, torch_bin, xlm_roberta
-from jaxrank.convert.hub import FORMATS, TOKENIZER_FILES, find
+from jaxrank.convert.hub import FORMATS, SETTINGS, TOKENIZER_FILES, find
 from jaxrank.convert.rules import Rule, check, fill
 from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError, ModelError
@@ -35,7 +35,7 @@ from jaxrank.models import settings_of
 from jaxrank.models.quantized import check_quantization
 from jaxrank.shards import byte_bar
 
-__all__ = ["FORMATS", "convert", "find", "load", "prepare", "read_config"]
+__all__ = ["FORMATS", "SETTINGS", "convert", "find", "load", "prepare", "read_config"]
 
 
 class Names(NamedTuple):
@@ -130,7 +130,7 @@ def convert(
     hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         hidden.mkdir(parents=True)
-        for name in ("config.json", *TOKENIZER_FILES):
+        for name in ("config.json", SETTINGS, *TOKENIZER_FILES):
             if (source / name).exists():
                 shutil.copyfile(source / name, hidden / name)
         checkpoint.save(hidden, model)

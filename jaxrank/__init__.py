@@ -10,11 +10,13 @@ from jaxrank.errors import CheckpointError, JaxrankError, ModelError, RequestErr
 from jaxrank.version import __version__
 
 if TYPE_CHECKING:
+    from jaxrank.cross_encoder import CrossEncoder
     from jaxrank.reranker import Reranker
     from jaxrank.types import Ranked
 
 __all__ = [
     "CheckpointError",
+    "CrossEncoder",
     "JaxrankError",
     "ModelError",
     "Ranked",
@@ -27,7 +29,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Reranker and Ranked on first use: importing JAX takes a second that `jaxrank --version` need not wait for."""
+    """What needs JAX, on first use: importing it takes a second that `jaxrank --version` need not wait for."""
+    if name == "CrossEncoder":
+        from jaxrank.cross_encoder import CrossEncoder
+
+        return CrossEncoder
     if name == "Reranker":
         from jaxrank.reranker import Reranker
 
