@@ -18,7 +18,9 @@ from tests.cli.commands import NO_CACHE, PANDA, Run, complaint, standard_input
 class Longest:
     """Instead of a model: the longer the better."""
 
-    def rank(self, query: str, documents: list[str], *, top_n: int | None, progress: bool) -> list[Ranked]:
+    def rank(
+        self, query: str, documents: list[str], *, top_n: int | None, long_document: str, progress: bool
+    ) -> list[Ranked]:
         if query == "wait":
             raise KeyboardInterrupt
         ranked = [Ranked(i, len(text) / 1000, text) for i, text in enumerate(documents)]
