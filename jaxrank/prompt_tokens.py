@@ -165,7 +165,7 @@ class PromptTokenizer:
         prompts, media, dropped, fits = [], [], [], []
         for i, side in enumerate(sides):
             media.append([])
-            document: list[Part] = side or [""]
+            document: list[Part] = [*side] or [""]
             excess = 0
             if windows is None:
                 document, excess = self._short(side, limit, cut.document, cut.keep_end)
