@@ -349,7 +349,7 @@ class _Split(NamedTuple):
         if len(texts) < len(side):
             raise RequestError(
                 f"{where} does not fit and holds an image or video, and only texts can be split into windows. Send "
-                "fewer or smaller ones or a shorter text, or allow truncation"
+                "fewer or smaller ones or a shorter text, or ask for long_document truncate"
             )
         at = next(i for i, chunk in enumerate(chunks) if isinstance(chunk, Text) and DOCUMENT in chunk.ranks)
         text = cast(Text, chunks[at])

@@ -47,7 +47,7 @@ class Windows:
         if self.most is not None and characters > MOST_CHARACTERS:
             raise RequestError(
                 f"{where} has {characters} characters, and one that may be split can have {MOST_CHARACTERS}; send it "
-                "in parts, as several documents, or allow truncation"
+                "in parts, as several documents, or ask for long_document truncate"
             )
 
     def runs(self, tokens: int, size: int, where: str) -> list[tuple[int, int]]:
@@ -62,7 +62,7 @@ class Windows:
         if size < LEAST_TOKENS:
             raise TooLongError(
                 f"{where} does not fit, and could only be split into windows of {max(size, 0)} tokens; a window must "
-                f"have {LEAST_TOKENS} at least. Shorten the query, allow more tokens, or allow truncation"
+                f"have {LEAST_TOKENS} at least. Shorten the query, allow more tokens, or ask for long_document truncate"
             )
         step = int(size * (1 - OVERLAP))
         count = 1 - (size - tokens) // step  # rounded up
@@ -71,7 +71,7 @@ class Windows:
             raise RequestError(
                 f"the documents up to {where} come to {self._count} windows of {size} tokens, and one request may have "
                 f"{self.most}; send fewer or shorter documents in one request, allow more windows (max_windows), or "
-                "allow truncation"
+                "ask for long_document truncate"
             )
         return [(first, first + size) for first in (i * (tokens - size) // (count - 1) for i in range(count))]
 
