@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int32
+from tokenizers import Tokenizer
 
 from jaxrank.errors import RequestError, TooLongError
 from jaxrank.patch_rows import mrope_positions, tokens_of
 from jaxrank.prompts import Piece, Prompt, Slot, Texts, unwrap
-from jaxrank.tokens import NO_CUT, SPARE, Cut, check_text, clip, load_tokenizer, token_ids
-from jaxrank.types import NO_PREFIX, Encoded, Media, Patches
+from jaxrank.tokens import NO_CUT, SPARE, Cut, check_text, clip, encodings, load_tokenizer
+from jaxrank.types import NO_PREFIX, Encoded, Media, Patches, Window
+from jaxrank.windows import Windows, characters
 
 Part = str | Patches
 """Of a query or document: text, an image or a video."""
@@ -138,33 +141,57 @@ class PromptTokenizer:
         truncate: bool = True,
         cut: Cut = NO_CUT,
         instruct: str | None = None,
+        windows: Windows | None = None,
     ) -> list[Encoded]:
         """One Encoded for each document, in order; texts in the publisher's frame are taken out of it (see unwrap).
+        With `windows` one for each window of documents that do not fit; those with images or videos are refused then.
 
         Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
         32 characters a token of the limit). truncate=False raises TooLongError instead, but for what `cut`
         asks for; so do media that do not fit.
         """
         limit = cut.limit(self.max_length, least=self.frame + 8)
-        asked = self._checked(query, "query")
+        before, asked = 0, self._checked(query, "query")
         sides = [self._checked(document, f"documents[{i}]") for i, document in enumerate(documents)]
         if isinstance(query, str) and all(isinstance(document, str) for document in documents):
             inner = unwrap(Texts(instruct, query, [str(text) for text in documents]))
             instruct, asked, sides = inner.instruct, [inner.query], [[text] for text in inner.documents]
+            before = inner.before
         asked, left_out = self._short(asked, limit, cut.query, cut.keep_end)
         values: dict[Slot, list[Part]] = {Slot.QUERY: asked}
         if instruct is not None:
             values[Slot.INSTRUCT] = [self._clipped(check_text(instruct, "instruct"), limit, False)]
         segments = self._plain if instruct is None else self._instructed
-        prompts, media, dropped = [], [], []
-        for side in sides:
+        prompts, media, dropped, fits = [], [], [], []
+        for i, side in enumerate(sides):
             media.append([])
-            document, left_out_here = self._short(side, limit, cut.document, cut.keep_end)
+            document: list[Part] = [*side] or [""]
+            excess = 0
+            if windows is None:
+                document, excess = self._short(side, limit, cut.document, cut.keep_end)
+            else:
+                windows.check(sum(len(part) for part in side if isinstance(part, str)), f"documents[{i}]")
+                fits.append(cut.document is None or not self._short(side, limit, cut.document, False)[1])
             prompts.append(self._chunks(segments, {**values, Slot.DOCUMENT: document}, media[-1]))
-            dropped.append(left_out + left_out_here)
+            dropped.append(left_out + excess)
         texts = list(dict.fromkeys(str(chunk) for chunks in prompts for chunk in chunks if isinstance(chunk, Text)))
-        ids = token_ids(self.tokenizer, texts)
-        table = {text: np.array(one, np.int32) for text, one in zip(texts, ids, strict=True)}
+        made = zip(texts, encodings(self.tokenizer, texts, places=windows is not None), strict=True)
+        table: dict[str, np.ndarray] = {}
+        if windows is not None:
+            how = _Split(self.tokenizer, table, windows, limit, cut.document, before)
+            split: list[_Prompt] = []
+            numbers: list[int] = []
+            for i, chunks in enumerate(prompts):
+                fresh: dict[str, Any] = {}  # one document's at a time, since they are large
+                while any(isinstance(chunk, Text) and str(chunk) not in table for chunk in chunks):
+                    text, fresh[text] = next(made)
+                    table[text] = np.array(fresh[text].ids, np.int32)
+                prompt = _Prompt(*self._written(chunks, table), tuple(media[i]))
+                pieces = list(how.pieces(prompt, chunks, sides[i], fresh, whole=fits[i], where=f"documents[{i}]"))
+                split += pieces
+                numbers += [dropped[i]] * len(pieces)
+            return _share(split, numbers, self.merge or 1)
+        table |= {text: np.array(encoding.ids, np.int32) for text, encoding in made}
         written = [_Prompt(*self._written(chunks, table), tuple(m)) for chunks, m in zip(prompts, media, strict=True)]
         for i, prompt in enumerate(written):
             if (excess := len(prompt.ids) - limit) <= 0:
@@ -222,7 +249,7 @@ class PromptTokenizer:
         return [(f"<{second:.1f} seconds>", ids) for second in one.seconds] or [("", ids)]
 
     @staticmethod
-    def _written(chunks: Sequence[Chunk], table: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _written(chunks: Sequence[Chunk], table: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """A prompt's ids, and which image or video each of them stands for, -1 for none."""
         ids: list[int] = []
         owners: list[tuple[int, int, int]] = []
@@ -264,11 +291,13 @@ class PromptTokenizer:
 
 
 class _Prompt(NamedTuple):
-    """A whole prompt: ids, which of its media each token stands for (-1 for none), and the media."""
+    """A whole prompt: ids, which of its media each token stands for (-1 for none), and the media. window: as Encoded
+    has it."""
 
     ids: Int32[np.ndarray, " length"]
     owner: Int32[np.ndarray, " length"]
     media: tuple[Patches, ...]
+    window: Window | None = None
 
     @property
     def identity(self) -> np.ndarray:
@@ -287,6 +316,61 @@ class _Prompt(NamedTuple):
         return Media(tuple(self.media[i] for i in dict.fromkeys(owner[at].tolist())), at, positions[:, first:last])
 
 
+class _Split(NamedTuple):
+    """How the documents of a request are split. table: ids by text. limit: tokens of a prompt. size: most tokens of a
+    window, None for what the prompt leaves. before: characters before the text of each document."""
+
+    tokenizer: Tokenizer
+    table: Mapping[str, np.ndarray]
+    windows: Windows
+    limit: int
+    size: int | None
+    before: int
+
+    def pieces(
+        self,
+        prompt: _Prompt,
+        chunks: Sequence[Chunk],
+        side: Sequence[Part],
+        fresh: Mapping[str, Any],
+        *,
+        whole: bool,
+        where: str,
+    ) -> Iterator[_Prompt]:
+        """The prompt as it is, if it fits, and its document fits `size`, which `whole` says; else with each window of
+        the document instead of the document. Raises RequestError on what cannot be split. fresh: encodings that are at
+        hand, by text."""
+        texts = [part for part in side if isinstance(part, str)]
+        length = sum(map(len, texts))
+        if whole and len(prompt.ids) <= self.limit:
+            window = Window(self.before, self.before + length) if len(texts) == len(side) else None
+            yield prompt._replace(window=window)
+            return
+        if len(texts) < len(side):
+            raise RequestError(
+                f"{where} does not fit and holds an image or video, and only texts can be split into windows. Send "
+                "fewer or smaller ones or a shorter text, or ask for long_document truncate"
+            )
+        at = next(i for i, chunk in enumerate(chunks) if isinstance(chunk, Text) and DOCUMENT in chunk.ranks)
+        text = cast(Text, chunks[at])
+        begin = sum(map(len, text.parts[: text.ranks.index(DOCUMENT)]))
+        end = begin + length
+        encoding: Any = fresh.get(str(text)) or self.tokenizer.encode(str(text), add_special_tokens=False)
+        # the tokens that hold any of the document, also where one begins with the last character before it
+        every = range(len(encoding))
+        first = bisect_right(every, begin, key=lambda i: encoding.token_to_chars(i)[1])
+        last = bisect_left(every, end, key=lambda i: encoding.token_to_chars(i)[0])
+        ahead = first + len(PromptTokenizer._written(chunks[:at], self.table)[0])
+        room = self.limit - (len(prompt.ids) - (last - first))
+        runs = self.windows.runs(last - first, room if self.size is None else min(room, self.size), where)
+        for number, run in enumerate(runs):
+            start, stop = characters(encoding, run, (first, last), (begin, end))
+            window = Window(self.before + start, self.before + stop, number)
+            kept = slice(ahead), slice(ahead + run[0], ahead + run[1]), slice(ahead + last - first, None)
+            ids, owner = (np.concatenate([of[part] for part in kept]) for of in (prompt.ids, prompt.owner))
+            yield _Prompt(ids, owner, prompt.media, window)
+
+
 def _share(prompts: Sequence[_Prompt], dropped: Sequence[int], merge: int) -> list[Encoded]:
     """Pairs of one request, with what all its prompts begin with as their prefix."""
     identities = [prompt.identity for prompt in prompts]
@@ -300,7 +384,8 @@ def _share(prompts: Sequence[_Prompt], dropped: Sequence[int], merge: int) -> li
         if i == 0 and (prompt.owner[:shared] >= 0).any():
             prefix_media = prompt.between(0, shared, positions)
         own = prompt.between(shared, len(prompt.ids), positions)
-        pairs.append(Encoded(prompt.ids[shared:], len(prompt.ids) - shared - 1, left_out, prefix, own, prefix_media))
+        at = len(prompt.ids) - shared - 1
+        pairs.append(Encoded(prompt.ids[shared:], at, left_out, prefix, own, prefix_media, prompt.window))
     return pairs
 
 

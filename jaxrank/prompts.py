@@ -156,11 +156,12 @@ def _bounded(work: Callable[[], str]) -> str:
 
 
 class Texts(NamedTuple):
-    """What a request asks to be scored."""
+    """What a request asks to be scored. before: characters that stood before each document, where it was framed."""
 
     instruct: str | None
     query: str
     documents: Sequence[str]
+    before: int = 0
 
 
 FRAMED_QUERY = re.compile(
@@ -181,7 +182,9 @@ def unwrap(texts: Texts) -> Texts:
     frame would be tokenised as text, and stand there twice.
     """
     query = FRAMED_QUERY.fullmatch(texts.query)
-    documents = [FRAMED_DOCUMENT.fullmatch(document) for document in texts.documents] if query else []
-    if not query or not documents or not all(documents):
+    found = [FRAMED_DOCUMENT.fullmatch(document) for document in texts.documents] if query else []
+    documents = [match for match in found if match]
+    if not query or not documents or len(documents) < len(found):
         return texts
-    return Texts(query["instruct"], query["query"], [match["document"] for match in documents if match])
+    inner = [match["document"] for match in documents]
+    return Texts(query["instruct"], query["query"], inner, documents[0].start("document"))

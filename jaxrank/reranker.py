@@ -30,6 +30,7 @@ from jaxrank.stages import Stages
 from jaxrank.tokens import NO_CUT, Cut, PairTokenizer, Token, check_text, tokens_of, written
 from jaxrank.tower import Tower
 from jaxrank.types import Encoded, Ranked, Work
+from jaxrank.windows import Windows, best_of, documents_of, span_of, splits
 
 Content = Any
 """A query or document: a string, or for models that see, what contents.FORMS says."""
@@ -247,10 +248,16 @@ class Reranker:
         truncate: bool = True,
         cut: Cut = NO_CUT,
         instruct: str | None = None,
+        long_document: str = "truncate",
+        max_windows: int | None = None,
     ) -> list[Encoded]:
         """Tokenised pairs, in the documents' order. RequestError on what the model cannot read, TooLongError as asked.
 
         truncate: whether pairs that are too long are cut rather than refused. cut: what is left out besides.
+        long_document: "truncate", or "window" to split documents that do not fit max_length and `cut`: one pair for
+        each window of their tokens, those of one document together (see jaxrank.windows, whose best_of finds the best),
+        and `window` says what of the document each has. They overlap by a quarter at least. max_windows: how many all
+        documents that do not fit may come to, None for any number; more raise RequestError.
         For models that read a prompt, documents share the tokens that they begin with, and texts that stand in the
         publisher's frame already are taken out of it. Models that see take images and videos, as contents.FORMS says.
         """
@@ -258,10 +265,13 @@ class Reranker:
             raise RequestError("documents must be a list of strings, got one string; wrap it in a list")
         if not hasattr(documents, "__getitem__"):
             raise RequestError(f"documents must be a list of strings, got {type(documents).__name__}")
+        how: dict[str, Any] = {"truncate": truncate, "cut": cut}
+        if splits(long_document):
+            how["windows"] = Windows(max_windows)
         if isinstance(self.tokenizer, PairTokenizer):
             if instruct is not None:
                 raise RequestError(f"{self.name} reads query and document without an instruct; leave it out")
-            return self.tokenizer.encode(query, documents, truncate=truncate, cut=cut)
+            return self.tokenizer.encode(query, documents, **how)
         if instruct is not None:
             check_instruct(self.tokenizer, instruct)
         instruct = self.instruct if instruct is None else instruct
@@ -269,7 +279,7 @@ class Reranker:
             contents = Contents(self.preprocessing)
             query = contents.parts(query, "query")
             documents = [contents.parts(document, f"documents[{i}]") for i, document in enumerate(documents)]
-        return self.tokenizer.encode(query, documents, truncate=truncate, cut=cut, instruct=instruct)
+        return self.tokenizer.encode(query, documents, instruct=instruct, **how)
 
     def render(self, pair: Encoded) -> str:
         """A tokenised pair as text, with all that frames it, as the model sees it."""
@@ -304,14 +314,19 @@ class Reranker:
         documents: Sequence[Content],
         *,
         instruct: str | None = None,
+        long_document: str = "truncate",
         raw: bool = False,
         progress: bool = True,
     ) -> Float32[np.ndarray, " n"]:
         """A score for each document, in their order: probabilities, or logits if `raw`.
 
-        instruct: what is to be judged, for models that read a prompt; None is the model's default.
+        instruct: what is to be judged, for models that read a prompt; None is the model's default. long_document:
+        "truncate" leaves out the end of documents that do not fit; "window" splits them, and the score is that of the
+        best window.
         """
-        logits = self.score_encoded(self.encode(query, documents, instruct=instruct), progress=progress)
+        encoded = self.encode(query, documents, instruct=instruct, long_document=long_document)
+        logits = self.score_encoded(encoded, progress=progress)
+        logits = logits[best_of(encoded, logits)]
         return logits if raw else sigmoid(logits)
 
     def rank(
@@ -321,30 +336,46 @@ class Reranker:
         *,
         instruct: str | None = None,
         top_n: int | None = None,
+        long_document: str = "truncate",
         progress: bool = True,
     ) -> list[Ranked]:
-        """The documents by falling score (ties by index), at most `top_n` of them."""
+        """The documents by falling score (ties by index), at most `top_n` of them.
+
+        long_document: as in `score`. With "window" each line has the window that the score is of, start and stop in
+        characters: document[slice(*window)] is that passage. Of a list of texts it counts in them joined.
+        """
         if top_n is not None and top_n < 1:
             raise RequestError(f"top_n is {top_n}; it must be at least 1")
-        logits = self.score(query, documents, instruct=instruct, raw=True, progress=progress)
-        order = np.argsort(-logits, kind="stable")[:top_n]
+        encoded = self.encode(query, documents, instruct=instruct, long_document=long_document)
+        logits = self.score_encoded(encoded, progress=progress)
+        best = best_of(encoded, logits)
+        logits = logits[best]
+        order = np.argsort(-logits, kind="stable")[:top_n].tolist()
         scores = sigmoid(logits)
-        return [Ranked(int(i), float(scores[i]), documents[int(i)]) for i in order]
+        return [Ranked(i, float(scores[i]), documents[i], span_of(encoded[best[i]])) for i in order]
 
     def predict(
         self,
         pairs: Sequence[tuple[str, str]],
         *,
         instruct: str | None = None,
+        long_document: str = "truncate",
         raw: bool = False,
         progress: bool = True,
     ) -> Float32[np.ndarray, " n"]:
         """A score for each (query, document) pair, in their order, as sentence-transformers' CrossEncoder.predict."""
-        logits = self.score_encoded(self.encode_pairs(pairs, instruct=instruct), progress=progress)
+        encoded = self.encode_pairs(pairs, instruct=instruct, long_document=long_document)
+        logits = self.score_encoded(encoded, progress=progress)
+        logits = logits[best_of(encoded, logits)]
         return logits if raw else sigmoid(logits)
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, instruct: str | None = None) -> list[Encoded]:
-        """Tokenised (query, document) pairs, in order; those with the same query are encoded as one request."""
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, instruct: str | None = None, long_document: str = "truncate"
+    ) -> list[Encoded]:
+        """Tokenised (query, document) pairs, in order; those with the same query are encoded as one request.
+
+        long_document: as in `encode`; the windows of a document stand together.
+        """
         documents: dict[str, list[int]] = {}
         for i, pair in enumerate(pairs):
             if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
@@ -354,11 +385,13 @@ class Reranker:
                 )
             check_text(pair[1], f"pairs[{i}][1]")
             documents.setdefault(check_text(pair[0], f"pairs[{i}][0]"), []).append(i)
-        encoded: dict[int, Encoded] = {}
+        how: dict[str, Any] = {"instruct": instruct, "long_document": long_document}
+        encoded: dict[int, list[Encoded]] = {}
         for query, places in documents.items():
-            of_query = self.encode(query, [pairs[i][1] for i in places], instruct=instruct)
-            encoded.update(zip(places, of_query, strict=True))
-        return [encoded[i] for i in range(len(pairs))]
+            of_query = self.encode(query, [pairs[i][1] for i in places], **how)
+            for i, group in zip(places, documents_of(of_query), strict=True):
+                encoded[i] = [of_query[one] for one in group]
+        return [one for i in range(len(pairs)) for one in encoded[i]]
 
 
 def check_instruct(tokenizer: PromptTokenizer, instruct: str) -> None:

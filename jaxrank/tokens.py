@@ -13,7 +13,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxrank.errors import CheckpointError, RequestError, TooLongError
-from jaxrank.types import Encoded
+from jaxrank.types import Encoded, Window
+from jaxrank.windows import Windows, characters
 
 CHARACTERS_PER_TOKEN = 32
 """No token of these vocabularies is this long: what lies further than that beyond the limit need not be tokenised."""
@@ -143,18 +144,23 @@ def check_text(text: object, where: str) -> str:
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    """The ids of each text, in order, without special tokens.
+    """The ids of each text, in order, without special tokens."""
+    return (encoding.ids for encoding in encodings(tokenizer, texts, places=False))
+
+
+def encodings(tokenizer: Tokenizer, texts: Sequence[str], *, places: bool) -> Iterator[Any]:
+    """The tokenizers.Encoding of each text, in order, without special tokens. places: with the characters of tokens.
 
     Texts are tokenised in runs: what the library makes of them is freed with Python's lock held, and of megabytes of
     text that would stop other threads, such as a server's event loop, for 0.1 s.
     """
-    first, characters = 0, 0
+    encode = tokenizer.encode_batch if places else tokenizer.encode_batch_fast
+    first, size = 0, 0
     for last, text in enumerate(texts, 1):
-        characters += len(text)
-        if characters >= RUN_CHARACTERS or last == len(texts):
-            for encoding in tokenizer.encode_batch_fast(texts[first:last], add_special_tokens=False):
-                yield encoding.ids
-            first, characters = last, 0
+        size += len(text)
+        if size >= RUN_CHARACTERS or last == len(texts):
+            yield from encode(texts[first:last], add_special_tokens=False)
+            first, size = last, 0
 
 
 class PairTokenizer:
@@ -181,9 +187,15 @@ class PairTokenizer:
                 yield ids
 
     def encode(
-        self, query: str, documents: Sequence[str], *, truncate: bool = True, cut: Cut = NO_CUT
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        truncate: bool = True,
+        cut: Cut = NO_CUT,
+        windows: Windows | None = None,
     ) -> list[Encoded]:
-        """One Encoded for each document, in order.
+        """One Encoded for each document, in order; with `windows` one for each window of those that do not fit.
 
         Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
         32 characters a token of the limit). truncate=False raises TooLongError instead, but for what `cut` asks for.
@@ -197,10 +209,8 @@ class PairTokenizer:
         kept = cut.kept(asked, min(limit * 3 // 4, limit - 4))
         room = limit - 4 - len(kept)
         head = [self.cls_id, *kept, self.sep_id, self.sep_id]
-        pairs = []
-        for i, ids in enumerate(self._ids(documents, room, cut.keep_end)):
-            own = cut.kept(ids, cut.document)
-            excess = len(asked) - len(kept) + max(len(own) - room, 0)
+
+        def check(i: int, excess: int) -> None:
             if excess and not truncate:
                 raise TooLongError(
                     f"This model's maximum context length is {limit} tokens, but documents[{i}] with its "
@@ -208,6 +218,23 @@ class PairTokenizer:
                     limit + excess,
                     limit,
                 )
+
+        pairs = []
+        if windows is not None:
+            size = room if cut.document is None else min(room, cut.document)
+            for i, document in enumerate(documents):
+                windows.check(len(document), f"documents[{i}]")
+            for i, encoding in enumerate(encodings(self.tokenizer, documents, places=True)):
+                ids, place = encoding.ids, (0, len(documents[i]))
+                check(i, len(asked) - len(kept))
+                for number, run in enumerate(windows.runs(len(ids), size, f"documents[{i}]")):
+                    window = Window(*characters(encoding, run, (0, len(ids)), place), number)
+                    tokens = np.array([*head, *ids[slice(*run)], self.sep_id], np.int32)
+                    pairs.append(Encoded(tokens, 0, len(query_ids) - len(kept), window=window))
+            return pairs
+        for i, ids in enumerate(self._ids(documents, room, cut.keep_end)):
+            own = cut.kept(ids, cut.document)
+            check(i, len(asked) - len(kept) + max(len(own) - room, 0))
             own = cut.kept(own, room)
             dropped = len(query_ids) - len(kept) + len(ids) - len(own)
             pairs.append(Encoded(np.array([*head, *own, self.sep_id], np.int32), 0, dropped))

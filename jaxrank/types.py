@@ -13,7 +13,7 @@ The same letters are used in annotations, einsum strings and comments.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,6 +52,17 @@ class Media:
     positions: Int32[np.ndarray, "3 length"]
 
 
+class Window(NamedTuple):
+    """What of its document a pair holds: the characters [start, stop) of the text, as code points.
+
+    number: which of the document's windows it is, from 0; those of one document follow each other.
+    """
+
+    start: int
+    stop: int
+    number: int = 0
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One tokenised (query, document) pair, not padded.
@@ -60,6 +71,7 @@ class Encoded:
     tokens of query and document truncation removed. prefix: int32 [length], tokens that stand before the own ones and
     are the same in other pairs, with which they may share one computation; for causal models alone. media,
     prefix_media: the images and videos among the own tokens and among the prefix's; both None in pairs of text alone.
+    window: where long documents are split, what this pair has of its document; None for the only pair of a document.
     """
 
     tokens: Int32[np.ndarray, " length"]
@@ -68,6 +80,7 @@ class Encoded:
     prefix: Int32[np.ndarray, " prefix"] = field(default_factory=lambda: NO_PREFIX)
     media: Media | None = None
     prefix_media: Media | None = None
+    window: Window | None = None
 
     def __len__(self) -> int:
         """All its tokens, the shared ones included."""
@@ -105,11 +118,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One line of a ranking: the document's place in the input, its score, and the document as it was given."""
+    """One line of a ranking: the document's place in the input, its score, and the document as it was given.
+
+    window: where long documents were split, the characters [start, stop) of the text that the score is of, the whole
+    text's if it fits; else None.
+    """
 
     index: int
     score: float
     document: Any
+    window: tuple[int, int] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -49,6 +49,7 @@ from jaxrank.stages import Stages
 from jaxrank.tokens import NO_CUT, Cut, Token
 from jaxrank.types import Encoded, Work
 from jaxrank.version import __version__
+from jaxrank.windows import splits
 
 PATIENCE_S = 5.0
 """For the device, when nobody waits for it any more."""
@@ -87,7 +88,15 @@ class Scorer(Protocol):
     def work(self) -> Work: ...
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None: ...
     def encode(
-        self, query: Any, documents: Sequence[Any], *, truncate: bool, cut: Cut, instruct: str | None
+        self,
+        query: Any,
+        documents: Sequence[Any],
+        *,
+        truncate: bool,
+        cut: Cut,
+        instruct: str | None,
+        long_document: str = "truncate",
+        max_windows: int | None = None,
     ) -> list[Encoded]: ...
     def score_encoded(self, encoded: Sequence[Encoded]) -> np.ndarray: ...
     def render(self, pair: Encoded) -> str: ...
@@ -101,7 +110,9 @@ class Settings:
     model: str
     dialect: Dialect | None
     truncate: bool
+    long_document: str
     max_documents: int
+    max_windows: int
     gate: GateLimits
     max_queue_tokens: int
     max_queue_requests: int
@@ -127,7 +138,9 @@ def create_app(
     cors_origins: Sequence[str] = (),
     dialect: str = "auto",
     truncate: bool = True,
+    long_document: str = "truncate",
     max_documents: int = 1000,
+    max_windows: int = 1024,
     max_body_bytes: int | None = None,
     max_headers: int = 100,
     max_header_bytes: int = 32_768,
@@ -156,7 +169,9 @@ def create_app(
     the page at /, /health and /ready wants one of them, and /metrics too unless open_metrics. cors_origins: web pages
     of which browsers may ask, see access.cross_origin. dialect: of requests that do not name theirs, a name in
     dialects.resolve.DIALECTS, or "auto" to tell by path and body. truncate: whether pairs that are too long are cut,
-    where a request does not say; they are refused else. max_headers, max_header_bytes: of one request. max_body_bytes:
+    where a request does not say; they are refused else. long_document: "truncate" or "window", what is done with
+    documents that do not fit, where a request does not say (see Reranker.encode); max_windows: how many windows all
+    that do not fit may come to in one request. max_headers, max_header_bytes: of one request. max_body_bytes:
     by default 8 MB, or 40 MB for a model that sees, since images may lie in the request. media, limits: where such a
     model's images and videos may come from, and what of them is refused; media_workers: processes that decode them.
     max_queue_tokens, max_queue_requests, max_queue_bytes: with that much waiting, requests are answered 429 or 503, by
@@ -171,12 +186,15 @@ def create_app(
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise RequestError(f"dialect {dialect!r} is unknown; one of auto, {', '.join(DIALECTS)}")
+    splits(long_document)
     access = Access(api_keys)
     settings = Settings(
         model=served_model_name or reranker.name,
         dialect=DIALECTS.get(dialect),
         truncate=truncate,
+        long_document=long_document,
         max_documents=max_documents,
+        max_windows=max_windows,
         gate=GateLimits(
             max_body_bytes=max_body_bytes or (8_000_000 if reranker.preprocessing is None else 40_000_000),
             max_queue_bytes=max_queue_bytes,

@@ -27,6 +27,7 @@ from jaxrank.server.metrics import Stages
 from jaxrank.server.schema import Rerank, Scored, Terms, to_object
 from jaxrank.server.transport import LARGE_BYTES
 from jaxrank.types import Encoded, Patches
+from jaxrank.windows import best_of, documents_of, span_of
 
 if TYPE_CHECKING:
     from jaxrank.server.app import Scorer, Settings
@@ -69,7 +70,11 @@ class Inference:
         self.threads = threads
         self.loader = loader
         self.terms = Terms(
-            settings.max_documents, reranker.max_length, reranker.preprocessing is not None, settings.truncate
+            settings.max_documents,
+            reranker.max_length,
+            reranker.preprocessing is not None,
+            settings.truncate,
+            settings.long_document,
         )
 
     async def rerank(self, request: Request) -> Response:
@@ -135,7 +140,8 @@ class Inference:
         logits_by_default = work.dialect.raw_scores and self.reranker.scores_are_logits
         scored: list[Scored] = []
         for one, encoded, own in zip(work.requests, work.encoded, logits, strict=True):
-            values = own.astype(np.float64)
+            best = best_of(encoded, own)
+            values = own[best].astype(np.float64)
             raw = logits_by_default if one.raw is None else one.raw
             scored.append(
                 Scored(
@@ -145,8 +151,9 @@ class Inference:
                     logits=raw,
                     scores=(values if raw else np.exp(-np.logaddexp(0, -values))).tolist(),
                     order=np.argsort(-values, kind="stable")[: one.top_n].tolist(),
-                    tokens=[len(pair) for pair in encoded],
-                    dropped=[pair.dropped for pair in encoded],
+                    tokens=[sum(len(encoded[i]) for i in group) for group in documents_of(encoded)],
+                    dropped=[encoded[i].dropped for i in best],
+                    windows=[span_of(encoded[i]) for i in best] if one.long_document == "window" else None,
                 )
             )
         return work, scored
@@ -208,7 +215,15 @@ class Inference:
         instruct = request.instruct if self.reranker.takes_instruct else None
         query, documents = request.with_media(seen)
         try:
-            return self.reranker.encode(query, documents, truncate=request.truncate, cut=request.cut, instruct=instruct)
+            return self.reranker.encode(
+                query,
+                documents,
+                truncate=request.truncate,
+                cut=request.cut,
+                instruct=instruct,
+                long_document=request.long_document,
+                max_windows=self.settings.max_windows,
+            )
         except TooLongError as error:
             raise dialect.too_long(error, self.reranker.max_length) from None
         except RequestError as error:

@@ -34,6 +34,14 @@ Documents = Annotated[
 """A list of contents, or a lone one that is no list itself."""
 
 SideName = Literal["left", "right", "Left", "Right"]
+LongDocument = Literal["truncate", "window"]
+
+Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+SPAN = (
+    "With long_document = window: the characters [start, stop) of the document's text, as code points, that the score "
+    "is of."
+)
+"""What results say as window, for the documentation."""
 
 
 class Options(BaseModel):
@@ -67,6 +75,11 @@ class Options(BaseModel):
     )
     max_doc_length: int | None = Field(None, ge=0, description="Another name of max_tokens_per_doc.")
     max_tokens_per_query: int | None = Field(None, ge=0, description="The same for the query.")
+    long_document: LongDocument | None = Field(
+        None,
+        description='"window": documents that do not fit are split into overlapping windows, the best of which gives '
+        'the score; results say which as window. "truncate": their end is cut off. Null: as the server was started.',
+    )
     instruct: str | None = Field(
         None, description="What is to be judged; for models that read a prompt, others ignore it. Null: the default."
     )
@@ -109,21 +122,23 @@ class Wording:
 @dataclass(frozen=True)
 class Terms:
     """What the server takes. sees: images and videos. truncate: whether pairs that are too long are cut, where a
-    request does not say."""
+    request does not say. long_document: what is done with documents that do not fit, where it does not say that."""
 
     max_documents: int
     max_length: int
     sees: bool
     truncate: bool
+    long_document: str = "truncate"
 
 
 @dataclass(frozen=True, slots=True)
 class Rerank:
     """A request that is in order, in whatever dialect it came.
 
-    sent: the documents as they came. top_n: None for all. cut: what is left out of the texts. instruct: None for the
-    server's default. raw: whether logits are asked for, None for the dialect's scale. asked, field, at: what the
-    request calls the query, the documents, and each document's place among them; none for the order in which they are.
+    sent: the documents as they came. top_n: None for all. cut: what is left out of the texts. long_document: one of
+    windows.LONG_DOCUMENT. instruct: None for the server's default. raw: whether logits are asked for, None for the
+    dialect's scale. asked, field, at: what the request calls the query, the documents, and each document's place among
+    them; none for the order in which they are.
     """
 
     query: Side
@@ -133,6 +148,7 @@ class Rerank:
     return_documents: bool
     truncate: bool
     cut: Cut
+    long_document: str
     instruct: str | None
     raw: bool | None
     asked: str = "query"
@@ -166,8 +182,9 @@ class Scored:
     """What an answer is made of. id, created: of the request; created in seconds since 1970.
 
     scores: of every document in the order of the request. logits: whether they are, else probabilities. order: the
-    documents best first, ties in the order of the request, at most top_n. tokens, dropped: of every pair, those scored
-    and those left out.
+    documents best first, ties in the order of the request, at most top_n. tokens, dropped: of every document, those
+    scored, in all its windows, and those left out. windows: the characters of each that its score is of, None for one
+    with images or videos; None where documents were not to be split.
     """
 
     model: str
@@ -178,6 +195,11 @@ class Scored:
     order: list[int]
     tokens: list[int]
     dropped: list[int]
+    windows: list[tuple[int, int] | None] | None = None
+
+    def window(self, index: int) -> dict[str, tuple[int, int] | None]:
+        """What a document's result says besides: nothing, or its window."""
+        return {} if self.windows is None else {"window": self.windows[index]}
 
 
 def to_object(body: bytes) -> dict[str, Any]:
@@ -281,6 +303,7 @@ def to_rerank(
             document=_below(request.max_tokens_per_doc or request.max_doc_length, terms.max_length),
             keep_end=side.lower() == "left",
         ),
+        long_document=request.long_document or terms.long_document,
         instruct=request.instruct or request.instruction or _instruction(request.chat_template_kwargs or {}) or None,
         raw=raw,
         **names,
@@ -366,6 +389,7 @@ _ALLOWED = {
     **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs"), "an object or null"),
     "truncate_prompt_tokens": "a whole number of at least -1, or null",
     "rank_fields": "an array of strings, or null",
+    "long_document": '"truncate", "window" or null',
 }
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     ["types", "errors", "version", "stages", "shards"],
-    ["kernels", "prompts", "sharding", "media"],
+    ["kernels", "prompts", "sharding", "media", "windows"],
     ["models", "tokens", "video", "patch_rows"],
     ["packing", "patches", "decoding_child"],
     ["scoring", "checkpoint", "decoding", "prompt_tokens"],

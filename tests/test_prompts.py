@@ -132,7 +132,7 @@ class TestUnwrap:
         query = f"{PREFIX}<Instruct>: judge\nwell\n<Query>: what\nis it?\n"
         for end in (SGLANG_END, SUFFIX, SUFFIX[:-1]):
             texts = Texts(None, query, [f"<Document>: a\n\nb{end}", f"<Document>: {end}"])
-            assert unwrap(texts) == Texts("judge\nwell", "what\nis it?", ["a\n\nb", ""])
+            assert unwrap(texts) == Texts("judge\nwell", "what\nis it?", ["a\n\nb", ""], len("<Document>: "))
 
     def test_others_stay_as_they_are(self) -> None:
         query = f"{PREFIX}<Instruct>: i\n<Query>: q\n"

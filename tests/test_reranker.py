@@ -130,7 +130,7 @@ class TestOrder:
         pairs = [("a", "one"), ("a", "two"), ("b", "one"), ("a", "three")]
         alone = [reranker.encode(query, [document])[0].tokens.tolist() for query, document in pairs]
         calls, encode = [], reranker.encode
-        monkeypatch.setattr(reranker, "encode", lambda *args, instruct: calls.append(args) or encode(*args))
+        monkeypatch.setattr(reranker, "encode", lambda *args, **_: calls.append(args) or encode(*args))
         assert [pair.tokens.tolist() for pair in reranker.encode_pairs(pairs)] == alone
         assert calls == [("a", ["one", "two", "three"]), ("b", ["one"])]
         np.testing.assert_array_equal(

@@ -40,6 +40,16 @@ def model_arguments(command: argparse.ArgumentParser) -> None:
                          help='where compiled programs are kept for the next start; "none" for nowhere')  # fmt: skip
 
 
+LONG_DOCUMENT = ("truncate", "window")
+"""Those of jaxrank.windows, which imports too much for here."""
+
+
+def long_document_argument(command: argparse.ArgumentParser, also: str = "") -> None:
+    command.add_argument("--long-document", choices=LONG_DOCUMENT, default="truncate",
+                         help=f"what is done with documents that do not fit{also}: their end is left out, or they are "
+                         "split into overlapping windows, the best of which counts; default: truncate")  # fmt: skip
+
+
 SIZE_FLAGS = {
     "--image-min-pixels": ("min_pixels", "smaller images are enlarged to so many pixels; default: 4096"),
     "--image-max-pixels": ("max_pixels", "larger images are shrunk to so many pixels; default: 1843200"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from jaxrank.cli import model
-from jaxrank.cli.model import model_arguments
+from jaxrank.cli.model import long_document_argument, model_arguments
 from jaxrank.cli.numbers import count
 from jaxrank.version import __version__
 
@@ -47,6 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     files.add_argument("--tag", default="jaxrank", help="name of the run that is written")
     files.add_argument("--skip-bad", action="store_true", help="count and leave out bad rows instead of stopping")
     files.add_argument("--restart", action="store_true", help="begin anew after an interrupted run")
+    long_document_argument(command)
     model_arguments(command)
 
 
@@ -78,7 +79,10 @@ def _lines(arguments: argparse.Namespace) -> int:
     if not documents:
         raise RequestError(f"{source}: no documents; one a line is read, blank lines are skipped")
     reranker = model.load(arguments, arguments.model, progress=False if arguments.no_progress else None)
-    ranked = reranker.rank(arguments.query, documents, top_n=arguments.top_n, progress=not arguments.no_progress)
+    ranked = reranker.rank(
+        arguments.query, documents, top_n=arguments.top_n, long_document=arguments.long_document,
+        progress=not arguments.no_progress,
+    )  # fmt: skip
     as_table = arguments.format == "table" or (arguments.format == "auto" and sys.stdout.isatty())
     (write_table if as_table else write_jsonl)(ranked, sys.stdout)
     return 0
@@ -111,12 +115,13 @@ def _files(arguments: argparse.Namespace, given: Sequence[str]) -> int:
             "version": __version__, "model": reranker.name, "dtype": reranker.dtype, "row_tokens": reranker.row_tokens,
             "max_length": reranker.max_length, "prompt": arguments.prompt, "chat_template": arguments.chat_template,
             "instruct": arguments.instruct, "depth": arguments.depth, "tag": arguments.tag, "format": arguments.format,
+            "long_document": arguments.long_document,
         }  # fmt: skip
         as_run = arguments.format == "trec" or (arguments.format == "auto" and not arguments.requests)
         write = as_trec(arguments.tag) if as_run else as_jsonl
         pairs = rerank(
             reranker, source, output, write, batch_tokens=arguments.batch_tokens, work=work,
-            progress=not arguments.no_progress,
+            long_document=arguments.long_document, progress=not arguments.no_progress,
         )  # fmt: skip
     finally:
         source.close()
@@ -168,9 +173,10 @@ def _bm25_run(arguments: argparse.Namespace, output: Path, corpus: Path, queries
 
 
 def write_jsonl(ranked: Sequence[Any], out: TextIO) -> None:
-    """One JSON object a line: index, score, document."""
+    """One JSON object a line: index, score, document, and its window where documents were split."""
     for item in ranked:
-        print(json.dumps(asdict(item), ensure_ascii=False), file=out)
+        said = {name: value for name, value in asdict(item).items() if name != "window" or value is not None}
+        print(json.dumps(said, ensure_ascii=False), file=out)
 
 
 def write_table(ranked: Sequence[Any], out: TextIO) -> None:

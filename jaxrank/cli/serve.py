@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrank.cli import model
-from jaxrank.cli.model import SIZE_FLAGS, model_arguments
+from jaxrank.cli.model import SIZE_FLAGS, long_document_argument, model_arguments
 from jaxrank.cli.numbers import count, seconds, time_span
 
 IGNORED_FLAGS: dict[str, int] = {
@@ -58,6 +58,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
                          help="cut too long pairs, where a request does not say; false refuses them")  # fmt: skip
     command.add_argument("--allow-auto-truncate", dest="auto_truncate", action="store_const", const="true",
                          help="the same as --auto-truncate, as SGLang names it")  # fmt: skip
+    long_document_argument(command, ", where a request does not say")
     model_arguments(command)
     _access_arguments(command.add_argument_group("who may ask"))
     _limit_arguments(command.add_argument_group("limits"))
@@ -90,6 +91,8 @@ def _limit_arguments(group: Any) -> None:
         metavar="N",
         help="documents in one request",
     )
+    group.add_argument("--max-windows", type=count, default=1024, metavar="N",
+                       help="of the documents of one request that do not fit and are to be split")  # fmt: skip
     group.add_argument("--max-body-bytes", "--payload-limit", type=count, metavar="N",
                        help="size of one request; default: 8 MB, or 40 MB for models that see images")  # fmt: skip
     group.add_argument("--max-header-bytes", type=count, default=32_768, metavar="N", help="a request's headers")
@@ -186,7 +189,9 @@ def app_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         cors_origins=[one.strip() for one in (arguments.cors_origins or "").split(",") if one.strip()],
         dialect=arguments.dialect,
         truncate=arguments.auto_truncate == "true",
+        long_document=arguments.long_document,
         max_documents=arguments.max_documents,
+        max_windows=arguments.max_windows,
         max_body_bytes=arguments.max_body_bytes,
         max_header_bytes=arguments.max_header_bytes,
         max_queue_requests=arguments.max_queue_requests,

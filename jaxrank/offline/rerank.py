@@ -18,14 +18,18 @@ from jaxrank.offline.sources import Job, Source, stamp
 from jaxrank.offline.trec import write_run_line
 from jaxrank.reranker import Reranker, sigmoid
 from jaxrank.types import Encoded
+from jaxrank.windows import best_of, span_of
 
 T = TypeVar("T")
 
 BATCH_ROWS = 16
 """Usual rows in a batch, unless its tokens are said: the last one of each is not full."""
 
-Write = Callable[[Job, np.ndarray], str]
-"""A job's ranking, from its logits."""
+Spans = Sequence[tuple[int, int] | None]
+"""The characters of each document that its score is of; None for all, where documents are not split."""
+
+Write = Callable[[Job, np.ndarray, Spans], str]
+"""A job's ranking, from its documents' logits."""
 
 
 def rerank(
@@ -35,12 +39,14 @@ def rerank(
     write: Write,
     *,
     batch_tokens: int | None = None,
+    long_document: str = "truncate",
     work: dict[str, Any],
     progress: bool = True,
 ) -> int:
     """Rank all jobs of `source` into `output`; returns how many pairs were scored now.
 
-    batch_tokens: tokens that are packed together, by default BATCH_ROWS full; more pack tighter. work: what the result
+    batch_tokens: tokens that are packed together, by default BATCH_ROWS full; more pack tighter.
+    long_document: as Reranker.score takes it. work: what the result
     depends on besides the files, to refuse going on with anything else. Raises RequestError.
     """
     batch_tokens = batch_tokens or BATCH_ROWS * reranker.row_tokens
@@ -54,10 +60,17 @@ def rerank(
             smoothing=0.05,
         ) as bar:  # fmt: skip
             tokens = 0
-            encoded = ((job, reranker.encode(job.query, job.documents)) for job in source.jobs(journal.done))
+            encoded = (
+                (job, reranker.encode(job.query, job.documents, long_document=long_document))
+                for job in source.jobs(journal.done)
+            )
             for batch in _ahead(batches(encoded, batch_tokens)):
-                said = "".join(write(job, logits) for job, logits in score(reranker, batch))
-                count = sum(len(pairs) for _, pairs in batch)
+                said = "".join(
+                    write(job, logits[best], [span_of(pairs[i]) for i in best])
+                    for (job, pairs), (_, logits) in zip(batch, score(reranker, batch), strict=True)
+                    for best in [best_of(pairs, logits)]
+                )
+                count = sum(len(job.documents) for job, _ in batch)
                 scored += count
                 journal.add(said.encode(), batch[-1][0].after, pairs=scored)
                 tokens += sum(len(pair) for _, pairs in batch for pair in pairs)
@@ -104,7 +117,7 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 def as_trec(tag: str) -> Write:
     """Lines of a TREC run, whose scores are logits, since probabilities near 1 would be ties."""
 
-    def write(job: Job, logits: np.ndarray) -> str:
+    def write(job: Job, logits: np.ndarray, spans: Spans) -> str:
         order = np.argsort(-logits, kind="stable").tolist()
         return "".join(
             write_run_line(job.id, job.ids[i], rank, float(logits[i]), tag) for rank, i in enumerate(order, 1)
@@ -113,8 +126,12 @@ def as_trec(tag: str) -> Write:
     return write
 
 
-def as_jsonl(job: Job, logits: np.ndarray) -> str:
-    """One JSON object: id, query, and results by falling score, which are probabilities."""
+def as_jsonl(job: Job, logits: np.ndarray, spans: Spans) -> str:
+    """One JSON object: id, query, and results by falling score, which are probabilities; where documents were split,
+    with the window of each."""
     scores = sigmoid(logits).tolist()
-    results = [{"id": job.ids[i], "index": i, "score": scores[i]} for i in np.argsort(-logits, kind="stable").tolist()]
+    results: list[dict[str, Any]] = []
+    for i in np.argsort(-logits, kind="stable").tolist():
+        window = {} if spans[i] is None else {"window": spans[i]}
+        results.append({"id": job.ids[i], "index": i, "score": scores[i], **window})
     return json.dumps({"_id": job.id, "query": job.query, "results": results}, ensure_ascii=False) + "\n"

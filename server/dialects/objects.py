@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from jaxrank.server.content import Side, without_payloads
-from jaxrank.server.schema import Rerank, Scored
+from jaxrank.server.schema import SPAN, Rerank, Scored, Span
 
 
 class Document(BaseModel):
@@ -24,6 +24,7 @@ class ObjectResult(BaseModel):
     index: int = Field(description="The document's place in the request, from 0.")
     relevance_score: float = Field(description="Higher is more relevant.")
     document: Document | str | None = Field(None, description="An object; Infinity's clients get its text.")
+    window: Span | None = Field(None, description=SPAN)
 
 
 class Usage(BaseModel):
@@ -79,7 +80,7 @@ def object_answer(request: Rerank, scored: Scored) -> dict[str, Any]:
         result: dict[str, Any] = {"index": index, "relevance_score": scored.scores[index]}
         if request.return_documents:
             result["document"] = as_object(request.documents[index], request.sent[index])
-        results.append(result)
+        results.append(result | scored.window(index))
     return {
         "id": f"rerank-{scored.id}",
         "object": "rerank",

@@ -11,10 +11,12 @@ from jaxrank.server.dialects.dialect import Dialect, PairScores
 from jaxrank.server.dialects.objects import Usage
 from jaxrank.server.errors import BadMedia, NotSupported
 from jaxrank.server.schema import (
+    SPAN,
     Documents,
     Options,
     Rerank,
     Scored,
+    Span,
     Terms,
     Wording,
     as_list,
@@ -44,8 +46,11 @@ class SglangRequest(Options):
 class MetaInfo(BaseModel):
     """What scoring one document took."""
 
-    prompt_tokens: int = Field(description="Tokens of the pair as it was scored, special tokens included.")
+    prompt_tokens: int = Field(
+        description="Tokens of the pair as it was scored, or of all its windows, special tokens included."
+    )
     truncated_tokens: int = Field(description="Tokens of query and document that were cut off. 0: none.")
+    window: Span | None = Field(None, description=SPAN)
 
 
 class SglangResult(BaseModel):
@@ -70,7 +75,8 @@ def answer(request: Rerank, scored: Scored) -> list[dict[str, Any]]:
             side = request.documents[index]
             result["document"] = side if isinstance(side, str) else without_payloads(request.sent[index])
         result["index"] = index
-        result["meta_info"] = {"prompt_tokens": scored.tokens[index], "truncated_tokens": scored.dropped[index]}
+        counts = {"prompt_tokens": scored.tokens[index], "truncated_tokens": scored.dropped[index]}
+        result["meta_info"] = counts | scored.window(index)
         results.append(result)
     return results
 

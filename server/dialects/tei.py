@@ -26,7 +26,7 @@ from jaxrank.server.errors import (
     Unauthorized,
     Unavailable,
 )
-from jaxrank.server.schema import Documents, Options, Rerank, Scored, Wording
+from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span, Wording
 
 
 class TeiRequest(Options):
@@ -43,6 +43,7 @@ class TeiResult(BaseModel):
     index: int
     text: str | None = Field(None, description="If texts are returned.")
     score: float
+    window: Span | None = Field(None, description=SPAN)
 
 
 class TeiError(BaseModel):
@@ -59,7 +60,7 @@ def answer(request: Rerank, scored: Scored) -> list[dict[str, Any]]:
         result: dict[str, Any] = {"index": index}
         if request.return_documents:
             result["text"] = text_of(request.documents[index])
-        results.append(result | {"score": scored.scores[index]})
+        results.append(result | {"score": scored.scores[index]} | scored.window(index))
     return results
 
 

@@ -15,10 +15,12 @@ from jaxrank.server.dialects.dialect import Dialect, PairScores
 from jaxrank.server.dialects.objects import ObjectAnswer, Usage, object_answer
 from jaxrank.server.errors import BadRequest, Invalid, NoDocuments, Unavailable
 from jaxrank.server.schema import (
+    SPAN,
     Documents,
     Options,
     Rerank,
     Scored,
+    Span,
     Terms,
     Wording,
     as_list,
@@ -61,6 +63,7 @@ class VllmScore(BaseModel):
     index: int
     object: Literal["score"]
     score: float
+    window: Span | None = Field(None, description=SPAN)
 
 
 class VllmScores(BaseModel):
@@ -108,9 +111,9 @@ def read_score(raw: dict[str, Any], terms: Terms) -> list[Rerank]:
 def answer_score(requests: list[Rerank], scored: list[Scored]) -> dict[str, Any]:
     """The answer of /score."""
     scores = {
-        index: score
+        index: {"score": score, **one.window(i)}
         for request, one in zip(requests, scored, strict=True)
-        for index, score in zip(request.at, one.scores, strict=True)
+        for i, (index, score) in enumerate(zip(request.at, one.scores, strict=True))
     }
     total = sum(sum(one.tokens) for one in scored)
     return {
@@ -118,7 +121,7 @@ def answer_score(requests: list[Rerank], scored: list[Scored]) -> dict[str, Any]
         "object": "list",
         "created": scored[0].created,
         "model": scored[0].model,
-        "data": [{"index": index, "object": "score", "score": scores[index]} for index in range(len(scores))],
+        "data": [{"index": index, "object": "score", **scores[index]} for index in range(len(scores))],
         "usage": {"prompt_tokens": total, "total_tokens": total},
     }
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from jaxrank.server.content import Content
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import Usage, text_of
-from jaxrank.server.schema import Documents, Options, Rerank, Scored
+from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span
 
 
 class VoyageRequest(Options):
@@ -26,6 +26,7 @@ class VoyageResult(BaseModel):
     relevance_score: float
     index: int
     document: str | None = Field(None, description="The document's text, if documents are returned.")
+    window: Span | None = Field(None, description=SPAN)
 
 
 class VoyageAnswer(BaseModel):
@@ -44,7 +45,7 @@ def answer(request: Rerank, scored: Scored) -> dict[str, Any]:
         result: dict[str, Any] = {"relevance_score": scored.scores[index], "index": index}
         if request.return_documents:
             result["document"] = text_of(request.documents[index])
-        data.append(result)
+        data.append(result | scored.window(index))
     total = sum(scored.tokens)
     usage = {"prompt_tokens": total, "total_tokens": total}
     return {"object": "list", "data": data, "model": scored.model, "usage": usage}

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,9 @@ from tests.cli.commands import NO_CACHE, PANDA, Run, complaint, standard_input
 class Longest:
     """Instead of a model: the longer the better."""
 
-    def rank(self, query: str, documents: list[str], *, top_n: int | None, progress: bool) -> list[Ranked]:
+    def rank(
+        self, query: str, documents: list[str], *, top_n: int | None, long_document: str, progress: bool
+    ) -> list[Ranked]:
         if query == "wait":
             raise KeyboardInterrupt
         ranked = [Ranked(i, len(text) / 1000, text) for i, text in enumerate(documents)]
@@ -46,6 +49,17 @@ class TestRerank:
         scores = [line["score"] for line in lines]
         assert scores == sorted(scores, reverse=True)
         assert 1 > scores[0] > 2 * scores[1] > 0
+
+    def test_windows_of_long_documents(
+        self, run: Run, documents: Path, monkeypatch: pytest.MonkeyPatch, longest: None
+    ) -> None:
+        def rank(self: Longest, query: str, documents: list[str], **asked: Any) -> list[Ranked]:
+            return [Ranked(0, 0.5, "a passage", (2, 9) if asked["long_document"] == "window" else None)]
+
+        monkeypatch.setattr(Longest, "rank", rank)
+        status, out, _ = run("rerank", "q", documents, "--format", "jsonl", "--long-document", "window")
+        assert (status, json.loads(out)) == (0, {"index": 0, "score": 0.5, "document": "a passage", "window": [2, 9]})
+        assert "window" not in json.loads(run("rerank", "q", documents, "--format", "jsonl").out)
 
     @pytest.mark.parametrize("terminal", [True, False])
     @pytest.mark.parametrize("form", ["auto", "table", "jsonl"])

@@ -41,7 +41,7 @@ ALL_FLAGS = """some/model --host ::1 --port 8001 --api-key one --api-key two --s
     --max-queue-tokens 4000 --max-queue-bytes 5000 --request-timeout 1.5 --body-timeout 2.5 --shutdown-grace 0
     --max-queue-seconds 3.5
     --log-format json --otlp-endpoint http://c --dialect cohere --auto-truncate false --load-format pt
-    --quantization int8"""
+    --quantization int8 --long-document window --max-windows 77"""
 
 
 class Loaded(dict[str, Any]):
@@ -95,9 +95,9 @@ class TestServe:
                  compile_cache=DEFAULT_CACHE, data_parallel=None, tensor_parallel=None),
             dict(host="127.0.0.1", port=30000, served_model_name=None, api_keys=[], open_metrics=False, cors_origins=[],
                  dialect="auto", truncate=True,
-                 max_documents=1000, max_body_bytes=None, max_header_bytes=32768, max_connections=1000,
-                 max_queue_requests=512, max_queue_tokens=1048576, max_queue_bytes=512_000_000, max_queue_s=math.inf,
-                 request_timeout_s=60.0,
+                 long_document="truncate", max_windows=1024, max_documents=1000, max_body_bytes=None,
+                 max_header_bytes=32768, max_connections=1000, max_queue_requests=512, max_queue_tokens=1048576,
+                 max_queue_bytes=512_000_000, max_queue_s=math.inf, request_timeout_s=60.0,
                  body_timeout_s=60.0, shutdown_grace_s=30.0, log_format="text", otlp_endpoint=None,
                  media=MediaAccess(), limits=Limits(), media_workers=2),
         )  # fmt: skip
@@ -109,7 +109,7 @@ class TestServe:
                  tensor_parallel=4),
             dict(host="::1", port=8001, served_model_name="bge", api_keys=["one", "two", "three"],
                  open_metrics=True, cors_origins=["https://a.example", "http://b:81"], dialect="cohere", truncate=False,
-                 max_documents=7,
+                 long_document="window", max_windows=77, max_documents=7,
                  max_body_bytes=1000, max_header_bytes=2000, max_connections=20, max_queue_requests=30,
                  max_queue_tokens=4000, max_queue_bytes=5000, max_queue_s=3.5, request_timeout_s=1.5,
                  body_timeout_s=2.5,

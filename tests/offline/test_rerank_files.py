@@ -162,6 +162,34 @@ class TestRequests:
         assert [one["id"] for one in got[1]["results"]] == ["1", "x"]
 
 
+class TestLongDocuments:
+    def test_windows(self, fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The fake cuts at 500 characters with the query; a piece's score is the number that it begins with."""
+        source, query = tmp_path / "requests.jsonl", "q" * 490
+        rows = [{"query": query, "documents": ["1 234567897 abc", "3 short", "2 234567899 234567894"]}] * 2
+        source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        output = tmp_path / "out.jsonl"
+        assert rerank(["--requests", str(source)], output, "--long-document", "window") == 0
+        assert "6 pairs scored" in capsys.readouterr().out
+        for row in map(json.loads, output.read_text().splitlines()):
+            assert [(one["index"], one["window"]) for one in row["results"]] == [
+                (2, [10, 20]),
+                (0, [10, 15]),
+                (1, [0, 7]),
+            ]
+        run = tmp_path / "out.trec"
+        flags = ["--requests", str(source), "--format", "trec"]
+        assert rerank(flags, run, "--long-document", "window") == 0
+        assert [float(line.split()[4]) for line in run.read_text().splitlines()] == [9, 7, 3] * 2
+        assert rerank(flags, run, "--restart") == 0
+        assert [float(line.split()[4]) for line in run.read_text().splitlines()] == [3, 2, 1] * 2
+
+    def test_unknown_ways(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            cli.main(["rerank", "q", "--long-document", "windows"])
+        assert "invalid choice: 'windows' (choose from" in capsys.readouterr().err
+
+
 class TestBadRows:
     @pytest.mark.parametrize(
         "name, line, what",

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,15 +20,15 @@ from jaxrank.server import create_app
 from jaxrank.server.connections import Config, Server
 from jaxrank.stages import Stages
 from jaxrank.tokens import NO_CUT, Cut, Token, check_text
-from jaxrank.types import Encoded, Work
+from jaxrank.types import Encoded, Window, Work
 
 
 class FakeReranker:
     """One token a character. A document's logit is its number, as in "3.5 apples", or else its length.
 
-    "nan" scores as NaN and "boom" fails its whole batch. batches: the documents' token counts of every call, in order.
-    gate: while cleared, scoring waits. delay_s: seconds that scoring a batch takes. row_tokens: tokens of a batch, as
-    the tests give batch_rows = 1.
+    "nan" scores as NaN and "boom" fails its whole batch. Documents that are to be split are cut into pieces side by
+    side. batches: the documents' token counts of every call, in order. gate: while cleared, scoring waits. delay_s:
+    seconds that scoring a batch takes. row_tokens: tokens of a batch, as the tests give batch_rows = 1.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class FakeReranker:
         truncate: bool = True,
         cut: Cut = NO_CUT,
         instruct: str | None = None,
+        long_document: str = "truncate",
+        max_windows: int | None = None,
     ) -> list[Encoded]:
         self.instructs.append(instruct)
         if "refuse" in query:
@@ -79,6 +82,18 @@ class FakeReranker:
         self.cuts.append(cut)
         limit = min(cut.pair or self.max_length, self.max_length)
         room = limit - len(query)
+        if long_document == "window":
+            starts = [range(0, len(document), min(cut.document or room, room)) for document in documents]
+            if max_windows is not None and sum(map(len, starts)) > max_windows:
+                raise RequestError(f"documents[0] and others come to more than {max_windows} windows")
+            return [
+                replace(
+                    self._encode(document[i : i + s.step], room, False),
+                    window=Window(i, min(i + s.step, len(document)), n),
+                )
+                for document, s in zip(documents, starts, strict=True)
+                for n, i in enumerate(s)
+            ]
         for document in documents:
             length = len(query) + min(len(document), cut.document or len(document))
             if not truncate and length > limit:

@@ -1,0 +1,111 @@
+"""Long documents: windows of a document's tokens, each scored as a pair of its own, of which the best one counts.
+
+That is MaxP of Dai and Callan (2019), Deeper Text Understanding for IR with Contextual Neural Language Modeling: a
+document is as relevant as its best passage. Windows are runs of the ids of the whole document, which is tokenised once;
+slices of its text would become other ids at their borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrank.errors import RequestError, TooLongError
+from jaxrank.types import Encoded
+
+LONG_DOCUMENT = ("truncate", "window")
+"""What can be done with documents that do not fit: leave out their end, or split them."""
+
+OVERLAP = 1 / 4
+"""The least share of a window that the next one has too, so that what one cuts in two is whole in the other."""
+
+LEAST_TOKENS = 8
+"""Windows of fewer tokens are refused: their scores would mean little, and each repeats the whole query."""
+
+MOST_CHARACTERS = 2**20
+"""Of one document, where the number of windows is bounded: tokenising takes about 200 bytes a character."""
+
+
+def splits(long_document: str) -> bool:
+    """Whether documents that do not fit are split. Raises RequestError for anything but LONG_DOCUMENT."""
+    if long_document not in LONG_DOCUMENT:
+        raise RequestError(f"long_document {long_document!r:.80} is unknown; one of {', '.join(LONG_DOCUMENT)}")
+    return long_document == "window"
+
+
+class Windows:
+    """The windows of one request's documents. most: how many those that do not fit may come to; None for any number."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
+        self._count = 0
+
+    def check(self, characters: int, where: str) -> None:
+        """Raise RequestError for a document of more characters than may be tokenised at once. It is called `where`."""
+        if self.most is not None and characters > MOST_CHARACTERS:
+            raise RequestError(
+                f"{where} has {characters} characters, and one that may be split can have {MOST_CHARACTERS}; send it "
+                "in parts, as several documents, or ask for long_document truncate"
+            )
+
+    def runs(self, tokens: int, size: int, where: str) -> list[tuple[int, int]]:
+        """The runs of tokens [first, last) that are the windows of a document of `tokens` tokens, in order.
+
+        One for a document that fits `size` tokens. Else as few windows of `size` tokens as overlap by OVERLAP, spread
+        evenly from the document's first token to its last. Raises TooLongError where `size` is less than LEAST_TOKENS,
+        and RequestError for too many windows; where: what to call the document.
+        """
+        if tokens <= size:
+            return [(0, tokens)]
+        if size < LEAST_TOKENS:
+            raise TooLongError(
+                f"{where} does not fit, and could only be split into windows of {max(size, 0)} tokens; a window must "
+                f"have {LEAST_TOKENS} at least. Shorten the query, allow more tokens, or ask for long_document truncate"
+            )
+        step = int(size * (1 - OVERLAP))
+        count = 1 - (size - tokens) // step  # rounded up
+        self._count += count
+        if self.most is not None and self._count > self.most:
+            raise RequestError(
+                f"the documents up to {where} come to {self._count} windows of {size} tokens, and one request may have "
+                f"{self.most}; send fewer or shorter documents in one request, allow more windows (max_windows), or "
+                "ask for long_document truncate"
+            )
+        return [(first, first + size) for first in (i * (tokens - size) // (count - 1) for i in range(count))]
+
+
+def characters(encoding: Any, run: tuple[int, int], tokens: tuple[int, int], place: tuple[int, int]) -> tuple[int, int]:
+    """The characters of a document that a run of its tokens stands for, counted from the document's first.
+
+    encoding: of a text that holds the document, a tokenizers.Encoding with offsets. tokens: those of the document in
+    it. run: counted from the first of them. place: the document's characters in the text. Characters of which a token
+    has but a part count as a whole, and those that no token stands for belong to the token before them; so windows
+    leave nothing of a document out.
+    """
+    first, last = tokens[0] + run[0], tokens[0] + run[1]
+    begin, end = place
+    start = begin if first == tokens[0] else max(encoding.token_to_chars(first)[0], begin)
+    stop = end if last == tokens[1] else max(encoding.token_to_chars(last - 1)[1], encoding.token_to_chars(last)[0])
+    return start - begin, min(stop, end) - begin
+
+
+def documents_of(encoded: Sequence[Encoded]) -> list[list[int]]:
+    """The pairs of each document, in order: places in `encoded`, the documents' windows or their only pairs."""
+    groups: list[list[int]] = []
+    for i, pair in enumerate(encoded):
+        if pair.window is None or pair.window.number == 0:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def best_of(encoded: Sequence[Encoded], logits: np.ndarray) -> list[int]:
+    """Of each document, in order, the pair with the highest logit, the first of equals: places in `encoded`."""
+    return [max(group, key=logits.__getitem__) for group in documents_of(encoded)]
+
+
+def span_of(pair: Encoded) -> tuple[int, int] | None:
+    """The characters of its document that a pair holds; None where documents are not split."""
+    return None if pair.window is None else (pair.window.start, pair.window.stop)
