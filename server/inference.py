@@ -69,7 +69,11 @@ class Inference:
         self.threads = threads
         self.loader = loader
         self.terms = Terms(
-            settings.max_documents, reranker.max_length, reranker.preprocessing is not None, settings.truncate
+            settings.max_documents,
+            reranker.max_length,
+            reranker.min_length,
+            reranker.preprocessing is not None,
+            settings.truncate,
         )
 
     async def rerank(self, request: Request) -> Response:
