@@ -63,11 +63,15 @@ class PromptTokenizer:
         self.prompt = prompt
         self.merge = merge
         self._plain, self._instructed = self._segments(prompt.plain), self._segments(prompt.instructed)
-        chunks = self._chunks(self._instructed, {slot: [""] for slot in Slot}, [])
-        self.frame = sum(len(self._ids(str(chunk))) if isinstance(chunk, Text) else 1 for chunk in chunks)
+        self.frame = max(map(self._empty, (self._plain, self._instructed)))  # the plain one has its own instruct
         self.min_length = self.frame + LEAST_TOKENS
         if max_length < self.min_length:
             raise RequestError(f"max_length is {max_length}; the prompt alone takes {self.frame} tokens")
+
+    def _empty(self, segments: Sequence[int | Segment]) -> int:
+        """Tokens of a prompt with nothing in its gaps."""
+        chunks = self._chunks(segments, {slot: [""] for slot in Slot}, [])
+        return sum(len(self._ids(str(chunk))) if isinstance(chunk, Text) else 1 for chunk in chunks)
 
     def _segments(self, pieces: Sequence[Piece]) -> list[int | Segment]:
         """A prompt as ids, and runs of text with gaps between them, which are tokenised as one."""

@@ -33,7 +33,7 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
 
     A deadline in X-Request-Timeout that is too short for any answer is rightly answered 504: it is made longer. Good
     bodies: the names in rank_fields must be those of the documents' fields; /score takes one query, or as many as
-    documents; addresses must be those of images and videos.
+    documents; addresses must be those of images and videos, and no pair be shorter than those in it.
     """
     for name, value in (case.headers or {}).items():
         if name.lower() == "x-request-timeout":
@@ -43,6 +43,8 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     if case.meta is None or not case.meta.generation.mode.is_positive or not isinstance(case.body, dict):
         return
     body = with_media(case.body)
+    if ";base64," in json.dumps(body):
+        body["truncate_prompt_tokens"] = None
     if body.get("rank_fields"):
         body["rank_fields"] = ["text"]
     for left, right in SIDES:

@@ -323,8 +323,9 @@ class TestRequests:
                 ({"instruction": 5}, "chat_template_kwargs.instruction must be a string or null; got 5."),
                 ("x", "chat_template_kwargs must be an object or null; got a string."),
             ):
-                refused = post(base, "/v1/rerank", GOOD | {"chat_template_kwargs": kwargs})
-                assert (refused.status_code, refused.json()["message"][: len(why)]) == (400, why)
+                for more in ({}, {"instruct": "i"}):
+                    refused = post(base, "/v1/rerank", GOOD | more | {"chat_template_kwargs": kwargs})
+                    assert (refused.status_code, refused.json()["message"][: len(why)]) == (400, why)
         assert reranker.instructs == ["i"] * len(NAMES) * len(said) + [None]
 
     def test_how_images_are_read_is_not_for_requests(self, url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
+from jaxrank.server.content_schema import content_schemas
 from jaxrank.server.dialects.resolve import DIALECTS
 from tests.server.fakes import FakeReranker, serving, until
 
@@ -272,6 +274,25 @@ class TestDocuments:
             return {parameter["name"] for parameter in document["paths"]["/rerank"]["post"]["parameters"]}
 
         assert headers(documents[""]) - headers(documents[name]) == {"X-Rerank-Dialect"}
+
+    @pytest.mark.parametrize("sees", [False, True])
+    def test_contents_are_those_that_the_model_takes(self, sees: bool) -> None:
+        schemas = content_schemas(sees, 9)
+        named = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(schemas)))
+        assert named <= set(schemas)
+        assert ("ImagePart" in named) == ("VideoPart" in named) == sees
+        assert {"Part", "Content", "FilledContent", "Documents", "FilledDocuments"} <= set(schemas)
+        assert schemas["FilledDocuments"]["anyOf"][0] == {
+            "type": "array", "items": {"$ref": "#/components/schemas/FilledContent"}, "minItems": 1, "maxItems": 9,
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_which_documents_may_be_empty(self, documents: dict[str, Any], name: str) -> None:
+        fields = documents[name]["components"]["schemas"][DIALECTS[name].request.__name__]["properties"]
+        field = "texts" if name == "tei" else "documents"
+        kind = "FilledDocuments" if name == "sglang" else "Documents"
+        assert fields[field] == {"$ref": f"#/components/schemas/{kind}"}
+        assert fields["query"]["$ref"] == "#/components/schemas/FilledContent"
 
     def test_limits(self, documents: dict[str, Any], fake: FakeReranker) -> None:
         schemas = documents["vllm"]["components"]["schemas"]
