@@ -82,7 +82,7 @@ def media(kind: str) -> str:
     """A data: address."""
     from tests.media import clip, encoded, photo
 
-    content, name = (encoded(photo(96, 64, 0)), "image/png") if kind == "image" else (clip(), "video/mp4")
+    content, name = (encoded(photo(32, 32, 0)), "image/png") if kind == "image" else (clip(30), "video/mp4")
     return f"data:{name};base64,{base64.b64encode(content).decode()}"
 
 
