@@ -6,7 +6,7 @@ MODEL ?=
 # TPU's compiler, as this jax wants it; apart from the other packages, since JAX would look for a TPU if it were one
 LIBTPU := 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if "libtpu" in r))'
 
-.PHONY: serve test test-clients test-ray test-research check clean
+.PHONY: serve test test-clients test-fuzz test-ray test-research check clean
 
 serve: .venv/serve
 	.venv/bin/jaxrank serve $(MODEL) --port $(PORT)
@@ -25,6 +25,11 @@ test-ray: .venv-ray/done
 # CrossEncoder and the model for MTEB beside what they stand in for
 test-research: .venv-research/done
 	cd tests/research && "$(CURDIR)/.venv-research/bin/python" -m pytest -q -c /dev/null --rootdir . --confcutdir .
+
+# schemathesis against the server's own OpenAPI, in an environment on top of the tests' own; REQUESTS=20000 for more
+REQUESTS ?= 4000
+test-fuzz: .venv-fuzz/done
+	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks" .venv-fuzz/bin/python tests/fuzz/run.py --requests $(REQUESTS)
 
 check: .venv/check
 	.venv/bin/ruff check .
@@ -66,9 +71,16 @@ check: .venv/check
 	.venv-research/bin/pip install --quiet -e ".[mteb]" 'sentence-transformers==6.2.*' 'qdrant-client>=1.15'
 	touch $@
 
+.venv-fuzz/done: .venv/test
+	$(PYTHON) -m venv .venv-fuzz
+	echo "import site; site.addsitedir('$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	    >"$$(.venv-fuzz/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	.venv-fuzz/bin/pip install --quiet 'schemathesis>=4.32'
+	touch $@
+
 .venv/check: .venv/test
 	.venv/bin/pip install --quiet -e ".[test,bench,dev]"
 	touch $@
 
 clean:
-	rm -rf .venv .venv-clients .venv-ray .venv-research build dist *.egg-info
+	rm -rf .venv .venv-clients .venv-fuzz .venv-ray .venv-research build dist *.egg-info

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from jaxrank.errors import RequestError, TooLongError
 from jaxrank.patch_rows import mrope_positions, tokens_of
 from jaxrank.prompts import Piece, Prompt, Slot, Texts, unwrap
-from jaxrank.tokens import NO_CUT, SPARE, Cut, check_text, clip, encodings, load_tokenizer
+from jaxrank.tokens import LEAST_TOKENS, NO_CUT, SPARE, Cut, check_text, clip, encodings, load_tokenizer
 from jaxrank.types import NO_PREFIX, Encoded, Media, Patches, Window
 from jaxrank.windows import Windows, characters
 
@@ -66,10 +66,15 @@ class PromptTokenizer:
         self.prompt = prompt
         self.merge = merge
         self._plain, self._instructed = self._segments(prompt.plain), self._segments(prompt.instructed)
-        chunks = self._chunks(self._instructed, {slot: [""] for slot in Slot}, [])
-        self.frame = sum(len(self._ids(str(chunk))) if isinstance(chunk, Text) else 1 for chunk in chunks)
-        if max_length < self.frame + 8:
+        self.frame = max(map(self._empty, (self._plain, self._instructed)))  # the plain one has its own instruct
+        self.min_length = self.frame + LEAST_TOKENS
+        if max_length < self.min_length:
             raise RequestError(f"max_length is {max_length}; the prompt alone takes {self.frame} tokens")
+
+    def _empty(self, segments: Sequence[int | Segment]) -> int:
+        """Tokens of a prompt with nothing in its gaps."""
+        chunks = self._chunks(segments, {slot: [""] for slot in Slot}, [])
+        return sum(len(self._ids(str(chunk))) if isinstance(chunk, Text) else 1 for chunk in chunks)
 
     def _segments(self, pieces: Sequence[Piece]) -> list[int | Segment]:
         """A prompt as ids, and runs of text with gaps between them, which are tokenised as one."""
@@ -150,7 +155,7 @@ class PromptTokenizer:
         32 characters a token of the limit). truncate=False raises TooLongError instead, but for what `cut`
         asks for; so do media that do not fit.
         """
-        limit = cut.limit(self.max_length, least=self.frame + 8)
+        limit = cut.limit(self.max_length, least=self.min_length)
         before, asked = 0, self._checked(query, "query")
         sides = [self._checked(document, f"documents[{i}]") for i, document in enumerate(documents)]
         if isinstance(query, str) and all(isinstance(document, str) for document in documents):

@@ -68,7 +68,7 @@ class Reranker:
         self.instruct = instruct
         self.preprocessing = preprocessing
         self.mesh = mesh
-        self.max_length = tokenizer.max_length
+        self.max_length, self.min_length = tokenizer.max_length, tokenizer.min_length
         vision = take_tower(model)
         self.tower = features = None
         if vision is not None:

@@ -54,6 +54,9 @@ class Cut:
 
 NO_CUT = Cut()
 
+LEAST_TOKENS = 8
+"""Of a pair, beside what frames it: it cannot be cut to fewer."""
+
 
 class Token(NamedTuple):
     """A token of a text: the characters [start, stop) of it."""
@@ -175,6 +178,7 @@ class PairTokenizer:
         self.cls_id = special_id(self.special, folder, "cls_token", "<s>")
         self.sep_id = special_id(self.special, folder, "sep_token", "</s>")
         self.max_length = max_length
+        self.min_length = LEAST_TOKENS
 
     def _ids(self, texts: Sequence[str], limit: int, keep_end: bool) -> Iterator[list[int]]:
         """Token ids of each text; of one far longer than `limit` tokens, ids enough to fill the limit."""
@@ -203,7 +207,7 @@ class PairTokenizer:
         check_text(query, "query")
         for i, document in enumerate(documents):
             check_text(document, f"documents[{i}]")
-        limit = cut.limit(self.max_length, least=8)
+        limit = cut.limit(self.max_length, least=self.min_length)
         (query_ids,) = self._ids([query], limit, cut.keep_end)
         asked = cut.kept(query_ids, cut.query)
         kept = cut.kept(asked, min(limit * 3 // 4, limit - 4))

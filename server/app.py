@@ -44,7 +44,7 @@ from jaxrank.server.media import MediaLoader
 from jaxrank.server.metrics import CONTENT_TYPE, Metrics
 from jaxrank.server.scheduler import Scheduler
 from jaxrank.server.tracing import Tracing
-from jaxrank.server.transport import Envelope
+from jaxrank.server.transport import Envelope, HeadLimits
 from jaxrank.stages import Stages
 from jaxrank.tokens import NO_CUT, Cut, Token
 from jaxrank.types import Encoded, Work
@@ -68,6 +68,8 @@ class Scorer(Protocol):
     def devices(self) -> str: ...
     @property
     def max_length(self) -> int: ...
+    @property
+    def min_length(self) -> int: ...
     @property
     def row_tokens(self) -> int: ...
     @property
@@ -217,10 +219,7 @@ def create_app(
     )
     tracing = None if otlp_endpoint is None else Tracing(otlp_endpoint)
     service = Service(reranker, settings, tracing)
-    envelope = Middleware(
-        Envelope, metrics=service.metrics, tracing=tracing, access_log=access_log, max_headers=max_headers,
-        max_header_bytes=max_header_bytes,
-    )  # fmt: skip
+    envelope = Middleware(Envelope, metrics=service.metrics, tracing=tracing, access_log=access_log)
     app = FastAPI(
         title="jaxrank",
         description=docs.DESCRIPTION,
@@ -229,7 +228,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # redirects are built from the Host header, which the client chooses
         lifespan=service.lifespan,
-        dependencies=[Depends(access)],
+        dependencies=[Depends(HeadLimits(max_headers, max_header_bytes)), Depends(access)],
         middleware=[
             envelope,
             *cross_origin(cors_origins),
@@ -369,14 +368,16 @@ def _open_routes(service: Service) -> APIRouter:
     """The routes that need no key."""
     router = APIRouter(tags=["state"])
 
-    @router.get("/health", response_model=docs.Health, responses=docs.unavailable(docs.Health))
+    @router.get("/health", response_model=docs.Health, responses=docs.unavailable(docs.Health), openapi_extra=docs.OPEN)
     @open_to_all
     async def health() -> Response:
         """Whether the process is alive. 503 when it has to be restarted: scoring has stopped, or fails for a minute."""
         answer, well = service.health()
         return json_response(answer, 200 if well else 503)
 
-    @router.get("/ready", response_model=docs.Ready, responses=docs.unavailable(docs.Ready))
+    ready_503 = docs.unavailable(docs.Ready, retry=True)
+
+    @router.get("/ready", response_model=docs.Ready, responses=ready_503, openapi_extra=docs.OPEN)
     @open_to_all
     async def ready() -> Response:
         """Whether the model is warm and takes requests. A full queue does not make it unready."""
@@ -395,7 +396,8 @@ def _metrics_route(service: Service, open_metrics: bool) -> APIRouter:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     endpoint = open_to_all(metrics) if open_metrics else metrics
-    router.add_api_route("/metrics", endpoint, methods=["GET"], response_class=PlainTextResponse)
+    more = docs.OPEN if open_metrics else None
+    router.add_api_route("/metrics", endpoint, methods=["GET"], response_class=PlainTextResponse, openapi_extra=more)
     return router
 
 
@@ -454,9 +456,7 @@ def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter
     async def openapi(request: Request) -> Response:
         dialect: Dialect | None = getattr(request.state, "named_dialect", None)
         if dialect not in documents:  # takes a while, so not on the event loop, and once
-            describe = partial(
-                docs.describe, app, dialect, guarded=access.guarded, sees=service.reranker.preprocessing is not None
-            )
+            describe = partial(docs.describe, app, dialect, service.inference.terms, guarded=access.guarded)
             documents[dialect] = to_json(await asyncio.to_thread(describe))
         return Response(documents[dialect], media_type="application/json")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypeAliasType
 
 from jaxrank.media import Kind
 from jaxrank.server.errors import BadRequest, Invalid
@@ -13,18 +14,23 @@ from jaxrank.server.media import MediaPart
 HOLDS = ("text", "content", "image", "image_url", "video", "video_url")
 """Fields of a part, of which one is needed."""
 
+# Names of types are names of schemas, which content_schema.py writes.
+
 
 class Part(BaseModel):
     """A piece of a query or document: {"type": "text", "text": "..."} or {"text": "..."}; for models that see also
     {"type": "image_url", "image_url": {"url": "..."}}, {"image": "..."}, the same of video, or {"content": [parts]}."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra={"anyOf": [{"required": [name]} for name in HOLDS]})
+    model_config = ConfigDict(extra="allow")
 
-    type: str | None = Field(None, description='"text", "image_url" or "video_url". Null: the other fields tell.')
-    text: str | None = Field(None, description="The text. Texts of several parts are joined as they stand.")
+    type: str | None = None
+    text: str | None = None
 
 
-Content = str | Part | list[Part]
+Content = TypeAliasType("Content", str | Part | list[Part])
+
+FilledContent = TypeAliasType("FilledContent", str | Part | list[Part])
+"""The same where one without anything in it is refused."""
 
 Side = str | list[str | MediaPart]
 """A query or document: one text, or texts and media in their order."""

@@ -72,6 +72,7 @@ class Inference:
         self.terms = Terms(
             settings.max_documents,
             reranker.max_length,
+            reranker.min_length,
             reranker.preprocessing is not None,
             settings.truncate,
             settings.long_document,

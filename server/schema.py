@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from typing_extensions import TypeAliasType
 
-from jaxrank.server.content import HOLDS, Content, Part, Side, allowed, media_of, read
+from jaxrank.server.content import HOLDS, Content, FilledContent, Side, allowed, media_of, read
 from jaxrank.server.errors import BadRequest, Invalid, Malformed, NoDocuments, TooManyDocuments
 from jaxrank.server.json_input import load_json
 from jaxrank.server.media import MediaPart
@@ -27,11 +28,11 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
 
-Documents = Annotated[
-    list[Content],
-    BeforeValidator(as_list, json_schema_input_type=Annotated[list[Content], Field(min_length=1)] | str | Part),
-]
+Documents = TypeAliasType("Documents", Annotated[list[Content], BeforeValidator(as_list)])
 """A list of contents, or a lone one that is no list itself."""
+
+FilledDocuments = TypeAliasType("FilledDocuments", Annotated[list[FilledContent], BeforeValidator(as_list)])
+"""The same where documents without anything in them are refused."""
 
 SideName = Literal["left", "right", "Left", "Right"]
 LongDocument = Literal["truncate", "window"]
@@ -42,6 +43,10 @@ SPAN = (
     "is of."
 )
 """What results say as window, for the documentation."""
+
+
+_RESERVED = ("chat_template", "tools", "tokenize")
+"""What chat_template_kwargs cannot set."""
 
 
 class Options(BaseModel):
@@ -85,14 +90,23 @@ class Options(BaseModel):
     )
     instruction: str | None = Field(None, description="Another name of instruct.")
     chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Its instruction is another name of instruct. Templates cannot be set by requests."
+        None,
+        description="Its instruction is another name of instruct. Templates cannot be set by requests.",
+        json_schema_extra={
+            "properties": {
+                **{name: {"type": ["string", "null"]} for name in ("instruction", "instruct")},
+                **{name: {"type": "null"} for name in _RESERVED},
+            }
+        },
     )
     raw_scores: bool | None = Field(
         None, description="True: answer logits; false: their sigmoid. Null: as the dialect's own server does."
     )
     use_activation: bool | None = Field(None, description="The opposite of raw_scores.")
     rank_fields: list[str] | None = Field(
-        None, description="Which fields of documents that are objects are read, in this order. Null: text."
+        None,
+        description="Which fields of documents that are objects are read, in this order; each such document needs one "
+        "of them, and then no text. Null: text.",
     )
     mm_processor_kwargs: dict[str, Any] | None = Field(
         None,
@@ -121,11 +135,13 @@ class Wording:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the server takes. sees: images and videos. truncate: whether pairs that are too long are cut, where a
-    request does not say. long_document: what is done with documents that do not fit, where it does not say that."""
+    """What the server takes. max_length: most tokens of a pair. min_length: the fewest that one can be cut to. sees:
+    images and videos. truncate: whether pairs that are too long are cut, where a request does not say. long_document:
+    what is done with documents that do not fit, where it does not say that."""
 
     max_documents: int
     max_length: int
+    min_length: int
     sees: bool
     truncate: bool
     long_document: str = "truncate"
@@ -282,11 +298,17 @@ def to_rerank(
             f"truncate_prompt_tokens is {kind(most)}; this model takes at most {terms.max_length} tokens. "
             "Please request a smaller truncation size."
         )
+    if most is not None and -1 < most < terms.min_length:
+        raise BadRequest(
+            f"truncate_prompt_tokens is {most}; this model needs at least {terms.min_length} tokens. -1 or null: what "
+            "it takes."
+        )
     if request.mm_processor_kwargs:
         raise BadRequest("mm_processor_kwargs must be empty: how images are read is set where the server is started.")
     said = [value for value in (request.truncate, request.truncation) if value is not None]
     side = request.truncation_side or request.truncation_direction or "right"
     returned = [value for value in (request.return_documents, request.return_text) if value is not None]
+    instruction = _instruction(request.chat_template_kwargs or {})
     raw = request.raw_scores
     if raw is None and request.use_activation is not None:
         raw = not request.use_activation
@@ -304,7 +326,7 @@ def to_rerank(
             keep_end=side.lower() == "left",
         ),
         long_document=request.long_document or terms.long_document,
-        instruct=request.instruct or request.instruction or _instruction(request.chat_template_kwargs or {}) or None,
+        instruct=request.instruct or request.instruction or instruction or None,
         raw=raw,
         **names,
     )
@@ -317,7 +339,7 @@ def _below(most: int | None, max_length: int) -> int | None:
 
 def _instruction(kwargs: dict[str, Any]) -> str | None:
     """The instruct among the values for a template."""
-    for reserved in ("chat_template", "tools", "tokenize"):
+    for reserved in _RESERVED:
         if kwargs.get(reserved) is not None:
             raise BadRequest(f"chat_template_kwargs must not hold {reserved}: templates are set where a server starts.")
     for name in ("instruction", "instruct"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from jaxrank.errors import RequestError
 from jaxrank.server.errors import BadRequest, Invalid
@@ -18,8 +18,13 @@ TEXTS = {"prompt": "SGLang and vLLM", "inputs": "TEI", "content": "llama.cpp"}
 """The fields that hold a text, and who calls it so."""
 
 
+_NAMED: list[JsonValue] = [{"required": [name], "properties": {name: {"type": ["array", "string"]}}} for name in TEXTS]
+
+
 class TokenizeRequest(BaseModel):
     """One text, or several, under one of three names. It is tokenised by itself, without what frames it in a pair."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": _NAMED})
 
     prompt: str | list[str] | None = Field(None, description="As SGLang's and vLLM's clients send it.")
     inputs: str | list[str] | None = Field(None, description="As TEI's clients send it.")

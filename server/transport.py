@@ -87,9 +87,30 @@ def _check_headers(request: Request) -> None:
         raise Malformed("The Content-Encoding must be identity: send the body uncompressed.")
 
 
+class HeadLimits:
+    """A dependency of every route: at most so many headers, and bytes of them and the address."""
+
+    def __init__(self, max_headers: int, max_bytes: int) -> None:
+        self.max_headers = max_headers
+        self.max_bytes = max_bytes
+
+    async def __call__(self, request: Request) -> None:
+        """Let the request pass, or raise LargeHead."""
+        scope = request.scope
+        headers = scope["headers"]
+        size = len(scope["raw_path"] or b"") + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > self.max_headers or size > self.max_bytes:
+            raise LargeHead(
+                f"The request's address and headers are too large. Send at most {self.max_headers} headers and "
+                f"{self.max_bytes} bytes.",
+                headers={"Connection": "close"},
+            )
+
+
 class Envelope:
-    """The outermost layer: a request id on every answer, headers within limits, one line in the access log, one count
-    in the metrics, one span in the traces; nothing unforeseen gets out.
+    """The outermost layer: a request id on every answer, one line in the access log, one count in the metrics, one span
+    in the traces; nothing unforeseen gets out.
 
     A client's own X-Request-Id is kept when it is 1 to 128 printable ASCII characters. The access log is the logger
     jaxrank.access, one line a request, without a query string and with the path escaped and cut; probes at DEBUG.
@@ -102,15 +123,11 @@ class Envelope:
         metrics: Metrics,
         tracing: Tracing | None = None,
         access_log: bool = True,
-        max_headers: int = 100,
-        max_header_bytes: int = 32_768,
     ) -> None:
         self.app = app
         self.metrics = metrics
         self.tracing = tracing
         self.access_log = access_log
-        self.max_headers = max_headers
-        self.max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -131,10 +148,7 @@ class Envelope:
             await send(message)
 
         try:
-            if self._head_is_large(scope):
-                await self._large_head().response()(scope, receive, stamped)
-            else:
-                await self.app(scope, receive, stamped)
+            await self.app(scope, receive, stamped)
         except ClientGone:
             status = 499  # as nginx logs it; there is nobody to send it to
         except Exception as error:
@@ -148,20 +162,6 @@ class Envelope:
                 span.finish(status, dialect)
             if self.access_log:
                 _log_access(scope, status, seconds, request_id, dialect)
-
-    def _head_is_large(self, scope: Scope) -> bool:
-        headers = scope["headers"]
-        size = len(scope["raw_path"] or b"") + len(scope["query_string"])
-        size += sum(len(name) + len(value) for name, value in headers)
-        return len(headers) > self.max_headers or size > self.max_header_bytes
-
-    def _large_head(self) -> LargeHead:
-        self.metrics.refusal(LargeHead.__name__)
-        return LargeHead(
-            f"The request's address and headers are too large. Send at most {self.max_headers} headers and "
-            f"{self.max_header_bytes} bytes.",
-            headers={"Connection": "close"},
-        )
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -143,6 +143,22 @@ class TestTruncation:
         with pytest.raises(RequestError, match=r"a pair is to have 30 tokens at most; this model needs at least \d+"):
             official(folder).encode("q", ["d"], cut=Cut(pair=30))
 
+    @pytest.mark.parametrize(
+        "family, name",
+        [("qwen3", "official"), ("qwen3", "sglang"), ("qwen3", "vllm"), ("qwen3", "none"), ("qwen3_vl", "official")],
+    )
+    def test_the_least_limit_is_enough(self, folder: Path, family: str, name: str) -> None:
+        """For a model that takes no more, and for a request that wants no more; a prompt's own instruct stays whole."""
+        prompt = load_prompt(name, family=family)
+        least = PromptTokenizer(folder, 8192, prompt, 2).min_length
+        for ours in (PromptTokenizer(folder, 8192, prompt, 2), PromptTokenizer(folder, least, prompt, 2)):
+            for instruct in (None, *(["Find what answers. " * 50] if prompt.takes_instruct else [])):
+                for query in ("q", " ".join(TEXT)):
+                    pairs = ours.encode(query, ["", " ".join(TEXT)], cut=Cut(pair=least), instruct=instruct)
+                    assert all(len(full(pair)) <= least for pair in pairs)
+        with pytest.raises(RequestError, match="the prompt alone takes"):
+            PromptTokenizer(folder, least - 1, prompt, 2)
+
     @pytest.mark.parametrize("sizes", [(5, 3000), (3000, 5), (3000, 3000), (5, 60_000)])
     def test_the_end_may_stay(self, folder: Path, sizes: tuple[int, int]) -> None:
         """Frame and the end of the document stay, then the end of the query."""

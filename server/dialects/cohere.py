@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from jaxrank.server.content import Content
+from jaxrank.server.content import FilledContent
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
 from jaxrank.server.schema import Documents, Options, Wording
@@ -13,7 +13,7 @@ from jaxrank.server.schema import Documents, Options, Wording
 class CohereRequest(Options):
     """A query and the documents to rank for it: texts, or objects of which rank_fields are read."""
 
-    query: Content
+    query: FilledContent
     documents: Documents
     return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
     max_chunks_per_doc: int | None = Field(None, description="No effect: documents are scored whole.")

@@ -67,7 +67,14 @@ class Dialect:
 
     def refusal(self, refusal: Refusal) -> Response:
         """The answer that says it."""
-        ways = (self.refusals[kind] for kind in type(refusal).__mro__ if kind in self.refusals)
-        status, kind = next(ways, (None, refusal.type))
-        status = status or refusal.status
+        status, kind = self._way(type(refusal))
         return json_response(self.error(status, str(refusal), kind), status, refusal.headers)
+
+    def status(self, refused: type[Refusal]) -> int:
+        """The status of such a refusal."""
+        return self._way(refused)[0]
+
+    def _way(self, refused: type[Refusal]) -> tuple[int, str]:
+        ways = (self.refusals[kind] for kind in refused.__mro__ if kind in self.refusals)
+        status, kind = next(ways, (None, refused.type))
+        return status or refused.status, kind

@@ -6,18 +6,30 @@ from typing import Any
 
 from pydantic import Field
 
-from jaxrank.server.content import Content
+from jaxrank.server.content import FilledContent
 from jaxrank.server.dialects.dialect import BUSY, Dialect
-from jaxrank.server.dialects.objects import ObjectAnswer, object_answer, text_of
+from jaxrank.server.dialects.objects import Facts, Ranked, object_answer, text_of
 from jaxrank.server.schema import Documents, Options, Rerank, Scored
 
 
 class InfinityRequest(Options):
     """A query and the documents to rank for it."""
 
-    query: Content
+    query: FilledContent
     documents: Documents
     return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
+
+
+class InfinityResult(Ranked):
+    """One document's place in the ranking."""
+
+    document: str | None = Field(None, description="The document's text, if documents are returned.")
+
+
+class InfinityAnswer(Facts):
+    """The ranking, best first."""
+
+    results: list[InfinityResult]
 
 
 def answer(request: Rerank, scored: Scored) -> dict[str, Any]:
@@ -34,7 +46,7 @@ INFINITY = Dialect(
     title="Infinity",
     request=InfinityRequest,
     answer=answer,
-    answered=ObjectAnswer,
+    answered=InfinityAnswer,
     returns_documents=False,
     refusals=BUSY,
 )

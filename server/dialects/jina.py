@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxrank.server.content import Content
+from jaxrank.server.content import FilledContent
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
 from jaxrank.server.schema import Documents, Options
@@ -11,7 +11,7 @@ from jaxrank.server.schema import Documents, Options
 class JinaRequest(Options):
     """A query and the documents to rank for it: texts, {"text": ...} or {"image": address} objects."""
 
-    query: Content
+    query: FilledContent
     documents: Documents
 
 

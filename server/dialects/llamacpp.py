@@ -7,16 +7,20 @@ from typing import Any
 
 from pydantic import Field
 
-from jaxrank.server.content import Content
+from jaxrank.server.content import FilledContent
 from jaxrank.server.dialects import tei
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
 from jaxrank.server.errors import (
     BadMedia,
     BadRequest,
+    LargeHead,
+    MethodNotAllowed,
     NotFound,
     NotSupported,
-    ScoringFailed,
+    Refusal,
+    SlowBody,
+    TooLarge,
     TooLong,
     Unauthorized,
     Unavailable,
@@ -27,7 +31,7 @@ from jaxrank.server.schema import Documents, Options, Rerank, Scored, Wording
 class LlamacppRequest(Options):
     """A query and the documents to rank for it."""
 
-    query: Content
+    query: FilledContent
     documents: Documents
     return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
 
@@ -51,12 +55,16 @@ LLAMACPP = Dialect(
         documents_empty='"documents" must be a non-empty string array',
     ),
     refusals={
+        Refusal: (None, "server_error"),
         BadRequest: (400, "invalid_request_error"),
         BadMedia: (400, "invalid_request_error"),
         TooLong: (400, "exceed_context_size_error"),
         Unauthorized: (401, "authentication_error"),
         NotFound: (404, "not_found_error"),
-        ScoringFailed: (500, "server_error"),
+        MethodNotAllowed: (405, "invalid_request_error"),
+        SlowBody: (408, "invalid_request_error"),
+        TooLarge: (413, "invalid_request_error"),
+        LargeHead: (431, "invalid_request_error"),
         NotSupported: (400, "not_supported_error"),
         Unavailable: (503, "unavailable_error"),
     },

@@ -18,13 +18,18 @@ class Document(BaseModel):
     multi_modal: list[Any] | None = Field(description="The parts as they were sent, if there are images or videos.")
 
 
-class ObjectResult(BaseModel):
+class Ranked(BaseModel):
     """One document's place in the ranking."""
 
     index: int = Field(description="The document's place in the request, from 0.")
     relevance_score: float = Field(description="Higher is more relevant.")
-    document: Document | str | None = Field(None, description="An object; Infinity's clients get its text.")
     window: Span | None = Field(None, description=SPAN)
+
+
+class ObjectResult(Ranked):
+    """One document's place in the ranking."""
+
+    document: Document | None = Field(None, description="If documents are returned.")
 
 
 class Usage(BaseModel):
@@ -60,16 +65,21 @@ class Meta(BaseModel):
     tokens: InputTokens
 
 
-class ObjectAnswer(BaseModel):
-    """The ranking, best first."""
+class Facts(BaseModel):
+    """What such an answer holds beside its results."""
 
     id: str
     object: Literal["rerank"]
     created: int = Field(description="In seconds since 1970.")
     model: str
-    results: list[ObjectResult]
     usage: Usage
     meta: Meta
+
+
+class ObjectAnswer(Facts):
+    """The ranking, best first."""
+
+    results: list[ObjectResult]
 
 
 def object_answer(request: Rerank, scored: Scored) -> dict[str, Any]:

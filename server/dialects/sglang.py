@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
-from jaxrank.server.content import Content, without_payloads
+from jaxrank.server.content import FilledContent, without_payloads
 from jaxrank.server.dialects.dialect import Dialect, PairScores
 from jaxrank.server.dialects.objects import Usage
 from jaxrank.server.errors import BadMedia, NotSupported
 from jaxrank.server.schema import (
     SPAN,
     Documents,
+    FilledDocuments,
     Options,
     Rerank,
     Scored,
@@ -39,8 +40,8 @@ class SglangRequest(Options):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
-    query: Content = Field(description="What the documents are ranked for. Not empty, not only white space.")
-    documents: Documents = Field(description="At least one document. None empty or only white space.")
+    query: FilledContent = Field(description="What the documents are ranked for.")
+    documents: FilledDocuments
 
 
 class MetaInfo(BaseModel):
@@ -85,11 +86,15 @@ class SglangScoreRequest(Options):
     """A query and the items to score for it. The model's one score is all that a reranker has: label tokens, and texts
     that stand before the query, are refused."""
 
-    query: Content
+    query: FilledContent
     items: Documents
-    label_token_ids: list[Any] | None = Field(None, description="Refused unless null: a reranker has no such logits.")
+    label_token_ids: Annotated[list[Any] | None, WithJsonSchema({"type": "null"})] = Field(
+        None, description="Refused unless null: a reranker has no such logits."
+    )
     apply_softmax: bool | None = Field(None, description="No effect on a single score.")
-    item_first: bool | None = Field(None, description="Refused if true.")
+    item_first: Annotated[bool | None, WithJsonSchema({"enum": [False, None]})] = Field(
+        None, description="Refused if true."
+    )
 
 
 class SglangScores(BaseModel):

@@ -7,19 +7,21 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from jaxrank.server.content import Content
+from jaxrank.server.content import FilledContent
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.objects import text_of
 from jaxrank.server.errors import (
     BadMedia,
     BadRequest,
     Invalid,
+    LargeHead,
     MethodNotAllowed,
     NoDocuments,
     NotFound,
     Overloaded,
     Refusal,
     ScoringFailed,
+    SlowBody,
     TooLarge,
     TooLong,
     TooManyDocuments,
@@ -32,7 +34,7 @@ from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span
 class TeiRequest(Options):
     """A query and the texts to rank for it."""
 
-    query: Content
+    query: FilledContent
     texts: Documents
     return_text: bool | None = Field(None, description="Whether results carry their text. Null: false.")
 
@@ -92,6 +94,8 @@ TEI = Dialect(
         Unauthorized: (None, "Validation"),
         NotFound: (None, "Validation"),
         MethodNotAllowed: (None, "Validation"),
+        SlowBody: (None, "Validation"),
+        LargeHead: (None, "Validation"),
         TooLarge: (None, "Validation"),
         TooManyDocuments: (422, "Validation"),
         BadMedia: (None, "Validation"),

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from jaxrank.server.content import Content
+from jaxrank.server.content import FilledContent
 from jaxrank.server.dialects.dialect import Dialect, PairScores
 from jaxrank.server.dialects.objects import ObjectAnswer, Usage, object_answer
 from jaxrank.server.errors import BadRequest, Invalid, NoDocuments, Unavailable
 from jaxrank.server.schema import (
     SPAN,
     Documents,
+    FilledDocuments,
     Options,
     Rerank,
     Scored,
@@ -35,7 +36,7 @@ from jaxrank.server.schema import (
 class VllmRequest(Options):
     """A query and the documents to rank for it. A document {"content": [parts]} is one document, whatever its parts."""
 
-    query: Content
+    query: FilledContent
     documents: Documents
     top_n: int | None = Field(None, ge=0, description="How many results to answer, best first. 0 or null: all.")
 
@@ -43,17 +44,22 @@ class VllmRequest(Options):
 PAIRS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
 """The names under which /score takes its two sides."""
 
+_GIVEN: JsonValue = {"type": ["array", "object", "string"]}
+_SIDES: list[JsonValue] = [{"required": list(pair), "properties": dict.fromkeys(pair, _GIVEN)} for pair in PAIRS]
+
 
 class VllmScoreRequest(Options):
     """Two sides to score against each other, by one of four pairs of names: one with one, one with many, or as many
     with as many."""
 
-    queries: Documents | None = None
+    model_config = ConfigDict(json_schema_extra={"anyOf": _SIDES})
+
+    queries: FilledDocuments | None = None
     documents: Documents | None = None
     items: Documents | None = None
-    data_1: Documents | None = None
+    data_1: FilledDocuments | None = None
     data_2: Documents | None = None
-    text_1: Documents | None = None
+    text_1: FilledDocuments | None = None
     text_2: Documents | None = None
 
 

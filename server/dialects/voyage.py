@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jaxrank.server.content import Content
+from jaxrank.server.content import FilledContent
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import Usage, text_of
 from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span
@@ -15,7 +15,7 @@ from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span
 class VoyageRequest(Options):
     """A query and the documents to rank for it."""
 
-    query: Content
+    query: FilledContent
     documents: Documents
     return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
 

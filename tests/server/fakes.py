@@ -44,6 +44,7 @@ class FakeReranker:
         self.dtype = "float32"
         self.preprocessing: Preprocessing | None = None
         self.max_length = 500
+        self.min_length = 4
         self.row_tokens = row_tokens
         self.scores_are_logits = logits
         self.takes_instruct = not logits
