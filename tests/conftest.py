@@ -6,6 +6,7 @@ Only where arrays are computed: what users pass in is checked by the library its
 and the dataclasses of jaxrank.types hold whatever JAX puts in place of their arrays while it transforms them.
 """
 
+import hypothesis  # noqa: F401  (its plugin for trio looks at what the garbage collector sees, which some tests freeze)
 import jax
 from jaxtyping import install_import_hook
 
