@@ -1,0 +1,278 @@
+"""docs/examples: every script over its command line, and its result against transformers on the same weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3ForCausalLM, XLMRobertaForSequenceClassification
+
+from jaxrank import Reranker
+from jaxrank.reranker import BUILTIN
+from tests.checkpoints import make_qwen3
+
+EXAMPLES = Path(__file__).parent.parent.parent / "docs" / "examples"
+SCRIPTS = ("hidden_states", "saliency", "perturb", "precision")
+QUERY = "Where do giant pandas live?"
+DOCUMENT = "The giant panda is endemic to China. Paris ist die Hauptstadt von Frankreich."
+
+
+@cache
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint in jaxrank, and in transformers in float64. encoder: the part of it that has hidden states."""
+
+    folder: Path
+    reranker: Reranker
+    model: Any
+    encoder: Any
+    answers: tuple[int, int] | None
+
+    def logit(self, embeddings: torch.Tensor) -> float:
+        """Of one pair, from its words' embeddings [T, D]."""
+        return self.classify(self.encoder(inputs_embeds=embeddings[None]).last_hidden_state[0])
+
+    def classify(self, states: torch.Tensor) -> float:
+        """The logit that the model's head makes of a pair's last states [T, D], decoders' normalised."""
+        with torch.no_grad():
+            if self.answers is None:
+                return self.model.classifier(states[None]).item()
+            yes, no = self.model.lm_head(states[-1])[list(self.answers)]
+            return (yes - no).item()
+
+    def embeddings(self, ids: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return self.encoder.get_input_embeddings()(torch.tensor(np.asarray(ids), dtype=torch.int64))
+
+
+@pytest.fixture(scope="module", params=["xlm-roberta", "qwen3"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+    if request.param == "qwen3":
+        folder = make_qwen3(tmp_path_factory.mktemp("qwen3"), num_hidden_layers=3, hidden_size=64)
+        model: Any = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        yes, no = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["yes", "no"])
+        encoder, answers = model.model, (yes, no)
+    else:
+        folder = BUILTIN
+        model = XLMRobertaForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
+        encoder, answers = model.roberta, None
+    with torch.no_grad():
+        yield Family(folder, Reranker.from_pretrained(folder, dtype="float32"), model, encoder, answers)
+
+
+def document_tokens(family: Family, query: str, document: str) -> slice:
+    """Where a document's tokens lie in its pair: before what closes the frame, as long as it is by itself."""
+    (pair,) = family.reranker.encode(query, [document])
+    count, tail = len(family.reranker.tokens_of(document)), (1 if family.answers is None else 9)
+    found = slice(len(pair) - tail - count, len(pair) - tail)
+    text = family.reranker.tokenizer.tokenizer.decode(pair.tokens[found].tolist())
+    assert text.strip().lower() == document.lower() or family.answers is None, text
+    return found
+
+
+class TestHiddenStates:
+    def test_as_transformers_has_them(self, family: Family) -> None:
+        (pair,) = family.reranker.encode(QUERY, [DOCUMENT])
+        ids = torch.tensor(pair.tokens[None], dtype=torch.int64)
+        want = [x[0].numpy() for x in family.encoder(input_ids=ids, output_hidden_states=True).hidden_states]
+        assert len(want) == 4
+        for layer, states in enumerate(want):
+            got = example("hidden_states").token_states(family.reranker, QUERY, DOCUMENT, layer)
+            if layer == 3 and family.answers is not None:
+                got = np.asarray(family.reranker.model.norm(got))
+            assert got.shape == states.shape
+            assert states.std() > 0.1
+            assert np.abs(got - states).max() < 1e-4, layer
+
+    def test_lens(self, family: Family) -> None:
+        documents = [DOCUMENT, "Gravity attracts two bodies.", ""]
+        got = example("hidden_states").lens(family.reranker, QUERY, documents)
+        assert got.shape == (4, 3)
+        for i, document in enumerate(documents):
+            (pair,) = family.reranker.encode(QUERY, [document])
+            ids = torch.tensor(pair.tokens[None], dtype=torch.int64)
+            states = family.encoder(input_ids=ids, output_hidden_states=True).hidden_states
+            for layer, one in enumerate(states):
+                last = one[0] if layer == 3 or family.answers is None else family.encoder.norm(one[0])
+                assert got[layer, i] == pytest.approx(family.classify(last), abs=2e-4)
+        assert np.abs(got[-1] - family.reranker.score(QUERY, documents, raw=True)).max() < 1e-4
+
+
+class TestSaliency:
+    def test_gradient_against_finite_differences(self, family: Family) -> None:
+        """Of transformers' model in float64, token by token in a random direction."""
+        found = example("saliency").saliency(family.reranker, QUERY, DOCUMENT)
+        (pair,) = family.reranker.encode(QUERY, [DOCUMENT])
+        at = document_tokens(family, QUERY, DOCUMENT)
+        assert found.ids == pair.tokens[at].tolist()
+        whole = family.embeddings(pair.tokens)
+        assert np.array_equal(found.embeddings, whole[at].numpy().astype(np.float32))
+        rng, step, slopes = np.random.default_rng(0), 1e-4, []
+        directions = rng.normal(size=found.gradient.shape)
+        for place, direction in zip(range(*at.indices(len(pair))), directions, strict=True):
+            ends = []
+            for sign in (1, -1):
+                moved = whole.clone()
+                moved[place] += sign * step * torch.tensor(direction)
+                ends.append(family.logit(moved))
+            slopes.append((ends[0] - ends[1]) / (2 * step))
+        got = (found.gradient * directions).sum(-1)
+        assert np.std(slopes) > 1e-3
+        assert np.abs(got - slopes).max() < 1e-3 * np.abs(slopes).max()
+
+    def test_weights(self, family: Family) -> None:
+        found = example("saliency").saliency(family.reranker, QUERY, DOCUMENT)
+        for row, values, weight, signed in zip(
+            found.gradient, found.embeddings, found.weights, found.signed, strict=True
+        ):
+            assert weight == pytest.approx(sum(float(x) ** 2 for x in row) ** 0.5, rel=1e-5)
+            assert signed == pytest.approx(sum(float(a) * float(b) for a, b in zip(row, values, strict=True)), abs=1e-5)
+
+    def test_words_of_the_query(self, family: Family) -> None:
+        tokenizer = family.reranker.tokenizer.tokenizer
+        ids = [tokenizer.encode(word, add_special_tokens=False).ids[-1] for word in ("live", "where", "?", "bank")]
+        common = example("saliency").shared(family.reranker, "where pandas live ?", ids)
+        assert common.tolist()[:3] == [True, True, False]
+        assert not common[3] or ids[3] in ids[:2]
+
+
+class TestPerturb:
+    def test_noise_against_a_plain_loop(self, family: Family) -> None:
+        noise = np.random.default_rng(1).normal(0, 0.5, (3, family.reranker.model.word.shape[1])).astype(np.float32)
+        ids, got = example("perturb").perturbed(family.reranker, QUERY, DOCUMENT, noise)
+        (pair,) = family.reranker.encode(QUERY, [DOCUMENT])
+        text = family.reranker.tokenizer.tokenizer.decode(ids)
+        assert text.strip().lower() == QUERY.lower()
+        first = next(i for i in range(len(pair)) if pair.tokens[i : i + len(ids)].tolist() == ids)
+        whole = family.embeddings(pair.tokens)
+        for i in range(len(ids)):
+            for j, one in enumerate(noise):
+                moved = whole.clone()
+                moved[first + i] += whole[first + i].square().mean().sqrt() * torch.tensor(one, dtype=torch.float64)
+                assert got[i, j] == pytest.approx(family.logit(moved), abs=2e-4)
+        assert got.std() > 1e-2
+
+    def test_without_each_token(self, family: Family) -> None:
+        got = example("perturb").without_each(family.reranker, QUERY, DOCUMENT)
+        pair, at = example("perturb").query_tokens(family.reranker, QUERY, DOCUMENT)
+        for i, logit in zip(at, got, strict=True):
+            kept = [*pair.tokens[:i].tolist(), *pair.tokens[i + 1 :].tolist()]
+            assert logit == pytest.approx(family.logit(family.embeddings(kept)), abs=2e-4)
+        assert got.std() > 1e-2
+
+
+class TestPrecision:
+    def test_logits(self, family: Family) -> None:
+        documents = [
+            DOCUMENT,
+            "Gravity attracts two bodies.",
+            "",
+            "Pandas live in China.",
+            "Giant pandas live in Paris.",
+        ]
+        got = example("precision").logits(str(family.folder), QUERY, documents)
+        want = []
+        for document in documents:
+            (pair,) = family.reranker.encode(QUERY, [document])
+            want.append(family.logit(family.embeddings(pair.tokens)))
+        assert np.abs(got["float32"] - want).max() < 2e-4
+        assert np.array_equal(got["float32"], family.reranker.score(QUERY, documents, raw=True))
+        half = Reranker.from_pretrained(family.folder, dtype="bfloat16").score(QUERY, documents, raw=True)
+        assert np.array_equal(got["bfloat16"], half)
+        assert 0 < np.abs(half - want).max() < 0.2 * np.std(want)
+        assert np.array_equal(got["bfloat16, rounded"], torch.tensor(half).bfloat16().float().numpy())
+
+    def test_ties_and_swaps(self) -> None:
+        rng = np.random.default_rng(2)
+        a, b = rng.integers(0, 6, (2, 40)).astype(np.float32)
+        both = [(i, j) for i in range(40) for j in range(i)]
+        assert example("precision").ties(a) == sum(a[i] == a[j] for i, j in both)
+        assert example("precision").swaps(a, b) == sum((a[i] - a[j]) * (b[i] - b[j]) < 0 for i, j in both)
+
+
+def check_hidden_states(out: str, reranker: Reranker) -> None:
+    rows = [[float(x) for x in line.split()] for line in out.partition("\n\n")[0].splitlines()[1:]]
+    assert [row[0] for row in rows] == [0, 1, 2, 3]
+    score = reranker.score(QUERY, example("hidden_states").DOCUMENTS, raw=True)
+    assert np.abs(np.array(rows[-1][1:]) - score).max() < 1e-3
+    assert len(re.findall(r" \d\.\d{3}$", out.partition("\n\n")[2], re.M)) >= 6, "a line for each token of the query"
+
+
+def check_saliency(out: str, reranker: Reranker) -> None:
+    query, document = example("saliency").QUERY, example("saliency").DOCUMENT
+    weights = [float(line.split()[0]) for line in out.partition("\n\n")[0].splitlines()[1:]]
+    found = example("saliency").saliency(reranker, query, document)
+    assert np.abs(np.array(weights) - found.weights).max() < 1e-3
+    assert "mean weight of tokens that are in the query too" in out
+
+
+def check_perturb(out: str, reranker: Reranker) -> None:
+    (logit,) = reranker.score(example("perturb").QUERY, [example("perturb").DOCUMENT], raw=True)
+    lines = out.splitlines()
+    assert float(lines[0].split()[1]) == pytest.approx(logit, abs=1e-3)
+    changes = [float(line.split()[1]) for line in lines[2:]]
+    without = example("perturb").without_each(reranker, example("perturb").QUERY, example("perturb").DOCUMENT)
+    assert np.abs(without - logit - changes).max() < 2e-3
+
+
+def check_precision(out: str, reranker: Reranker) -> None:
+    top = [float(line.split()[0]) for line in out.partition("\n\n")[0].splitlines()[1:]]
+    score = reranker.score(QUERY, example("precision").DOCUMENTS, raw=True)
+    assert np.abs(np.array(top) - np.sort(score)[::-1][:10]).max() < 1e-4
+    exact, half, rounded = re.findall(
+        r": difference (\S+) on average, (\S+) at most; (\d+) pairs swapped, (\d+) tied", out
+    )
+    assert exact[:3] == ("0.00000", "0.00000", "0")
+    assert 0 < float(half[0]) <= float(half[1]) < 0.2 * score.std()
+    assert int(rounded[3]) > int(half[3]), "bfloat16 has too few steps for so many documents"
+
+
+CHECKS: dict[str, Callable[[str, Reranker], None]] = {
+    "hidden_states": check_hidden_states,
+    "saliency": check_saliency,
+    "perturb": check_perturb,
+    "precision": check_precision,
+}
+
+
+class TestCommandLine:
+    def test_built_in_model(self) -> None:
+        """All at once: each spends most of its time on importing."""
+        reranker = Reranker.from_pretrained(dtype="float32")
+        commands = {name: [sys.executable, str(EXAMPLES / f"{name}.py")] for name in SCRIPTS}
+        started = {
+            name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for name, command in commands.items()
+        }
+        said = {name: process.communicate(timeout=300) for name, process in started.items()}
+        for name, (out, error) in said.items():
+            assert started[name].returncode == 0, error[-2000:]
+            CHECKS[name](out, reranker)
+        inside, others = re.findall(r"(?:too|others): (\S+?)(?:;|\n)", said["saliency"][0])
+        assert float(inside) > float(others), "the built-in model matches words"
+
+    @pytest.mark.parametrize("name", SCRIPTS)
+    def test_qwen3(self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = make_qwen3(tmp_path, num_hidden_layers=3, hidden_size=64)
+        example(name).main([str(folder)])
+        CHECKS[name](capsys.readouterr().out, Reranker.from_pretrained(folder, dtype="float32"))
