@@ -11,20 +11,32 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Float32
+from jaxtyping import Array, Float32
 
 from jaxrank import Reranker
 from jaxrank.packing import pack, row_size
-from jaxrank.research import hidden_states, own_tokens
+from jaxrank.research import each_layer, hidden_states, own_tokens
+from jaxrank.types import Packed
 
 DOCUMENTS = [
     "The giant panda is a bear that lives in the mountains of central China.",
     "A giant among banks, it was founded in Shanghai.",
     "Gravity attracts two bodies towards each other.",
 ]
+
+
+all_states = nnx.jit(hidden_states)
+
+
+@partial(nnx.jit, static_argnames="layer")
+def states_after(model: Any, batch: Packed, layer: int) -> Float32[Array, "T D"]:
+    """Those after one layer alone: what is behind it is not computed."""
+    return hidden_states(model, batch)[layer]
 
 
 def lens(reranker: Reranker, query: str, documents: Sequence[str]) -> Float32[np.ndarray, "layers n"]:
@@ -34,15 +46,14 @@ def lens(reranker: Reranker, query: str, documents: Sequence[str]) -> Float32[np
     """
     model, pairs = reranker.model, reranker.encode(query, documents)
     batch = pack(pairs, max(row_size(pairs), 16 * len(pairs)), causal=model.causal)
-    states = nnx.jit(hidden_states)(model, batch)
-    return np.stack([np.asarray(model.classify(x[batch.score_at]))[: len(pairs)] for x in states])
+    return np.stack([np.asarray(model.classify(x[batch.score_at]))[: len(pairs)] for x in all_states(model, batch)])
 
 
 def token_states(reranker: Reranker, query: str, document: str, layer: int) -> Float32[np.ndarray, "T D"]:
-    """The states of all tokens of one pair after `layer` layers; the layers behind it are not computed."""
+    """The states of all tokens of one pair, its frame's too, after `layer` layers."""
     pairs = reranker.encode(query, [document])
-    batch = pack(pairs, row_size(pairs), causal=reranker.model.causal)
-    return np.asarray(nnx.jit(lambda model, batch: hidden_states(model, batch)[layer])(reranker.model, batch))
+    batch = pack(pairs, max(row_size(pairs), 16), causal=reranker.model.causal)
+    return np.asarray(states_after(reranker.model, batch, layer))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     documents = given.documents or DOCUMENTS
     reranker = Reranker.from_pretrained(given.model, dtype="float32")
+    if not 0 <= given.layer <= (layers := len(each_layer(reranker.model.layers)) + 1):
+        parser.error(f"--layer is {given.layer}; this model has {layers} layers, and 0 stands for their input")
 
     print("logit, read after each layer:")
     for layer, logits in enumerate(lens(reranker, given.query, documents)):

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,6 @@ from jaxrank.reranker import BUILTIN
 from tests.checkpoints import make_qwen3
 
 EXAMPLES = Path(__file__).parent.parent.parent / "docs" / "examples"
-SCRIPTS = ("hidden_states", "saliency", "perturb", "precision")
 QUERY = "Where do giant pandas live?"
 DOCUMENT = "The giant panda is endemic to China. Paris ist die Hauptstadt von Frankreich."
 
@@ -48,17 +48,19 @@ class Family:
     encoder: Any
     answers: tuple[int, int] | None
 
-    def logit(self, embeddings: torch.Tensor) -> float:
-        """Of one pair, from its words' embeddings [T, D]."""
-        return self.classify(self.encoder(inputs_embeds=embeddings[None]).last_hidden_state[0])
+    def logits(self, embeddings: list[torch.Tensor]) -> np.ndarray:
+        """Of pairs of one length, from their words' embeddings, each [T, D]."""
+        with torch.no_grad():
+            return self.classify(self.encoder(inputs_embeds=torch.stack(embeddings)).last_hidden_state)
 
-    def classify(self, states: torch.Tensor) -> float:
-        """The logit that the model's head makes of a pair's last states [T, D], decoders' normalised."""
+    def classify(self, states: torch.Tensor) -> np.ndarray:
+        """The logits that the model's head makes of pairs' last states [n, T, D], decoders' normalised."""
         with torch.no_grad():
             if self.answers is None:
-                return self.model.classifier(states[None]).item()
-            yes, no = self.model.lm_head(states[-1])[list(self.answers)]
-            return (yes - no).item()
+                return self.model.classifier(states)[:, 0].numpy()
+            yes, no = self.answers
+            answers = self.model.lm_head(states[:, -1])
+            return (answers[:, yes] - answers[:, no]).numpy()
 
     def embeddings(self, ids: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -81,13 +83,14 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def document_tokens(family: Family, query: str, document: str) -> slice:
-    """Where a document's tokens lie in its pair: before what closes the frame, as long as it is by itself."""
+    """Where a document's tokens lie in its pair: the fewest that are its text."""
     (pair,) = family.reranker.encode(query, [document])
-    count, tail = len(family.reranker.tokens_of(document)), (1 if family.answers is None else 9)
-    found = slice(len(pair) - tail - count, len(pair) - tail)
-    text = family.reranker.tokenizer.tokenizer.decode(pair.tokens[found].tolist())
-    assert text.strip().lower() == document.lower() or family.answers is None, text
-    return found
+    decode, count = family.reranker.tokenizer.tokenizer.decode, len(family.reranker.tokens_of(document))
+    for length in range(count - 3, count + 4):
+        for start in range(len(pair) - length):
+            if decode(pair.tokens[start : start + length].tolist()).strip().lower() == document.lower():
+                return slice(start, start + length)
+    raise AssertionError("the document is not in the pair")
 
 
 class TestHiddenStates:
@@ -96,13 +99,13 @@ class TestHiddenStates:
         ids = torch.tensor(pair.tokens[None], dtype=torch.int64)
         want = [x[0].numpy() for x in family.encoder(input_ids=ids, output_hidden_states=True).hidden_states]
         assert len(want) == 4
-        for layer, states in enumerate(want):
+        for layer in (1, 3):
             got = example("hidden_states").token_states(family.reranker, QUERY, DOCUMENT, layer)
             if layer == 3 and family.answers is not None:
-                got = np.asarray(family.reranker.model.norm(got))
-            assert got.shape == states.shape
-            assert states.std() > 0.1
-            assert np.abs(got - states).max() < 1e-4, layer
+                got = np.asarray(family.reranker.model.norm(jnp.asarray(got)))
+            assert got.shape == want[layer].shape
+            assert want[layer].std() > 0.1
+            assert np.abs(got - want[layer]).max() < 1e-4, layer
 
     def test_lens(self, family: Family) -> None:
         documents = [DOCUMENT, "Gravity attracts two bodies.", ""]
@@ -113,8 +116,8 @@ class TestHiddenStates:
             ids = torch.tensor(pair.tokens[None], dtype=torch.int64)
             states = family.encoder(input_ids=ids, output_hidden_states=True).hidden_states
             for layer, one in enumerate(states):
-                last = one[0] if layer == 3 or family.answers is None else family.encoder.norm(one[0])
-                assert got[layer, i] == pytest.approx(family.classify(last), abs=2e-4)
+                last = one if layer == 3 or family.answers is None else family.encoder.norm(one)
+                assert got[layer, i] == pytest.approx(family.classify(last)[0], abs=2e-4)
         assert np.abs(got[-1] - family.reranker.score(QUERY, documents, raw=True)).max() < 1e-4
 
 
@@ -127,15 +130,14 @@ class TestSaliency:
         assert found.ids == pair.tokens[at].tolist()
         whole = family.embeddings(pair.tokens)
         assert np.array_equal(found.embeddings, whole[at].numpy().astype(np.float32))
-        rng, step, slopes = np.random.default_rng(0), 1e-4, []
+        rng, step, moved = np.random.default_rng(0), 1e-4, []
         directions = rng.normal(size=found.gradient.shape)
         for place, direction in zip(range(*at.indices(len(pair))), directions, strict=True):
-            ends = []
             for sign in (1, -1):
-                moved = whole.clone()
-                moved[place] += sign * step * torch.tensor(direction)
-                ends.append(family.logit(moved))
-            slopes.append((ends[0] - ends[1]) / (2 * step))
+                moved.append(whole.clone())
+                moved[-1][place] += sign * step * torch.tensor(direction)
+        ends = family.logits(moved)
+        slopes = (ends[::2] - ends[1::2]) / (2 * step)
         got = (found.gradient * directions).sum(-1)
         assert np.std(slopes) > 1e-3
         assert np.abs(got - slopes).max() < 1e-3 * np.abs(slopes).max()
@@ -165,19 +167,19 @@ class TestPerturb:
         assert text.strip().lower() == QUERY.lower()
         first = next(i for i in range(len(pair)) if pair.tokens[i : i + len(ids)].tolist() == ids)
         whole = family.embeddings(pair.tokens)
-        for i in range(len(ids)):
-            for j, one in enumerate(noise):
-                moved = whole.clone()
-                moved[first + i] += whole[first + i].square().mean().sqrt() * torch.tensor(one, dtype=torch.float64)
-                assert got[i, j] == pytest.approx(family.logit(moved), abs=2e-4)
+        moved = []
+        for i in range(first, first + len(ids)):
+            for one in noise:
+                moved.append(whole.clone())
+                moved[-1][i] += whole[i].square().mean().sqrt() * torch.tensor(one, dtype=torch.float64)
+        assert np.abs(got.ravel() - family.logits(moved)).max() < 2e-4
         assert got.std() > 1e-2
 
     def test_without_each_token(self, family: Family) -> None:
         got = example("perturb").without_each(family.reranker, QUERY, DOCUMENT)
         pair, at = example("perturb").query_tokens(family.reranker, QUERY, DOCUMENT)
-        for i, logit in zip(at, got, strict=True):
-            kept = [*pair.tokens[:i].tolist(), *pair.tokens[i + 1 :].tolist()]
-            assert logit == pytest.approx(family.logit(family.embeddings(kept)), abs=2e-4)
+        kept = [[*pair.tokens[:i].tolist(), *pair.tokens[i + 1 :].tolist()] for i in at]
+        assert np.abs(got - family.logits([family.embeddings(ids) for ids in kept])).max() < 2e-4
         assert got.std() > 1e-2
 
 
@@ -194,7 +196,7 @@ class TestPrecision:
         want = []
         for document in documents:
             (pair,) = family.reranker.encode(QUERY, [document])
-            want.append(family.logit(family.embeddings(pair.tokens)))
+            want.append(family.logits([family.embeddings(pair.tokens)])[0])
         assert np.abs(got["float32"] - want).max() < 2e-4
         assert np.array_equal(got["float32"], family.reranker.score(QUERY, documents, raw=True))
         half = Reranker.from_pretrained(family.folder, dtype="bfloat16").score(QUERY, documents, raw=True)
@@ -255,24 +257,38 @@ CHECKS: dict[str, Callable[[str, Reranker], None]] = {
 }
 
 
-class TestCommandLine:
-    def test_built_in_model(self) -> None:
-        """All at once: each spends most of its time on importing."""
-        reranker = Reranker.from_pretrained(dtype="float32")
-        commands = {name: [sys.executable, str(EXAMPLES / f"{name}.py")] for name in SCRIPTS}
-        started = {
-            name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for name, command in commands.items()
-        }
-        said = {name: process.communicate(timeout=300) for name, process in started.items()}
-        for name, (out, error) in said.items():
-            assert started[name].returncode == 0, error[-2000:]
-            CHECKS[name](out, reranker)
-        inside, others = re.findall(r"(?:too|others): (\S+?)(?:;|\n)", said["saliency"][0])
-        assert float(inside) > float(others), "the built-in model matches words"
+BUILTIN_SCRIPTS = ("saliency", "precision")
+QWEN3_SCRIPTS = ("hidden_states", "perturb")
 
-    @pytest.mark.parametrize("name", SCRIPTS)
-    def test_qwen3(self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        folder = make_qwen3(tmp_path, num_hidden_layers=3, hidden_size=64)
-        example(name).main([str(folder)])
-        CHECKS[name](capsys.readouterr().out, Reranker.from_pretrained(folder, dtype="float32"))
+
+def test_command_lines(tmp_path: Path) -> None:
+    """All at once: each spends most of its time on importing."""
+    folder = make_qwen3(tmp_path, num_hidden_layers=3, hidden_size=64)
+    commands = {name: [sys.executable, str(EXAMPLES / f"{name}.py")] for name in BUILTIN_SCRIPTS}
+    commands |= {name: [sys.executable, str(EXAMPLES / f"{name}.py"), str(folder)] for name in QWEN3_SCRIPTS}
+    assert set(commands) == set(CHECKS)
+    started = {
+        name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name, command in commands.items()
+    }
+    said = {name: process.communicate(timeout=300) for name, process in started.items()}
+    rerankers = {
+        True: Reranker.from_pretrained(dtype="float32"),
+        False: Reranker.from_pretrained(folder, dtype="float32"),
+    }
+    for name, (out, error) in said.items():
+        assert started[name].returncode == 0, error[-2000:]
+        CHECKS[name](out, rerankers[name in BUILTIN_SCRIPTS])
+    inside, others = re.findall(r"(?:too|others): (\S+?)(?:;|\n)", said["saliency"][0])
+    assert float(inside) > float(others), "the built-in model matches words"
+
+
+def test_layer_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example("hidden_states").main(["--layer", "4"])
+    assert "--layer is 4; this model has 3 layers, and 0 stands for their input" in capsys.readouterr().err
+
+
+def test_all_examples_are_tested() -> None:
+    """search.py is in tests/research, with qdrant."""
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*CHECKS, "search"}
