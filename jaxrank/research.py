@@ -25,7 +25,7 @@ def with_attention(model: Model, implementation: str | None) -> Model:
     other = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(other):
         if hasattr(module, "implementation"):
-            module.implementation = implementation
+            setattr(module, "implementation", implementation)  # noqa: B010  # nnx.Module declares no such attribute
     return other
 
 

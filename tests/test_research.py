@@ -73,6 +73,8 @@ class TestModels:
 
     def test_dense_attention_has_gradients(self, folder: Path) -> None:
         model = model_of(folder)
+        if hasattr(model, "adding"):
+            pytest.skip("its layers are Qwen3's")
         dense, batch = with_attention(model, "dense"), row(model)
         assert model.implementation is None, "the given model stays what it is"
         slope = nnx.jit(lambda model, batch, at: jax.value_and_grad(lambda at: model(batch, at)[1])(at))

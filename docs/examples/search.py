@@ -54,7 +54,7 @@ class Vectors:
     def __init__(self, reranker: Reranker, paragraphs: Sequence[str]):
         self.reranker = reranker
         self.table = np.asarray(reranker.model.word[...]).astype(np.float32)
-        self.mean_length = np.mean([len(words(text)) for text in paragraphs])
+        self.mean_length = sum(len(words(text)) for text in paragraphs) / len(paragraphs)
 
     def of_paragraph(self, text: str) -> dict[str, models.SparseVector | list[float]]:
         counts = Counter(words(text))
