@@ -11,7 +11,10 @@ import jax
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    [f"jaxrank.{name}" for name in ("kernels", "models", "packing", "patches", "patch_rows", "scoring", "tower")],
+    [
+        f"jaxrank.{name}"
+        for name in ("kernels", "models", "packing", "patches", "patch_rows", "research", "scoring", "tower")
+    ],
     "beartype.beartype",
 )
 jax.config.update("jax_num_cpu_devices", 8)

@@ -15,7 +15,7 @@ LAYERS = [
     ["models", "tokens", "video", "patch_rows"],
     ["packing", "patches", "decoding_child"],
     ["scoring", "checkpoint", "decoding", "prompt_tokens"],
-    ["convert", "tower", "contents"],
+    ["convert", "tower", "contents", "research"],
     ["reranker"],
     ["server", "bench", "offline", "cross_encoder"],
     ["cli", "mteb"],

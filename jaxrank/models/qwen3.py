@@ -233,15 +233,25 @@ class Qwen3(nnx.Module):
     def _rotary(self, batch: Packed) -> Rotary:
         return rotary(batch.positions, self.config.head_size, self.config.theta)
 
-    def embed(self, batch: Packed) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
-        """The first layer's input, and what every layer takes besides."""
-        return table_rows(self.word[...], batch.tokens, self.implementation), (batch.layout, self._rotary(batch))
+    def token_embeddings(self, batch: Packed) -> Float32[Array, "T D"]:
+        """The rows of the table of words."""
+        return table_rows(self.word[...], batch.tokens, self.implementation)
+
+    def embed(
+        self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None
+    ) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
+        """The first layer's input, and what every layer takes besides. embeddings: instead of token_embeddings."""
+        x = self.token_embeddings(batch) if embeddings is None else embeddings
+        return x, (batch.layout, self._rotary(batch))
 
     def finish(self, x: Float32[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
         """The last layer, at the scored rows alone, and the head."""
-        x = self.last(x, batch.score_layout, self._rotary(batch), batch.score_at)
+        return self.classify(self.last(x, batch.score_layout, self._rotary(batch), batch.score_at))
+
+    def classify(self, x: Float32[Array, "S D"]) -> Float32[Array, " S"]:
+        """The logits of states that left the last layer."""
         return einsum("SD,D->S", self.norm(x), self.head[...])
 
-    def __call__(self, batch: Packed) -> Float32[Array, " S"]:
-        x, shared = self.embed(batch)
+    def __call__(self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None) -> Float32[Array, " S"]:
+        x, shared = self.embed(batch, embeddings)
         return self.finish(run_layers(self.layers, x, *shared), batch)

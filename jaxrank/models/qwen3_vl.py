@@ -114,9 +114,16 @@ class Qwen3VL(nnx.Module):
         text = self.config.text
         return rotary(batch.positions, text.head_size, text.theta, self.config.sections)
 
-    def embed(self, batch: Packed) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
-        """The residual stream after the layers that add features, and what every layer takes besides."""
-        x, added = table_rows(self.word[...], batch.tokens, self.implementation), None
+    def token_embeddings(self, batch: Packed) -> Float32[Array, "T D"]:
+        """The rows of the table of words, for media tokens too, in whose place features will stand."""
+        return table_rows(self.word[...], batch.tokens, self.implementation)
+
+    def embed(
+        self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None
+    ) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
+        """The residual stream after the layers that add features, and what every layer takes besides. embeddings:
+        instead of token_embeddings."""
+        x, added = self.token_embeddings(batch) if embeddings is None else embeddings, None
         if batch.media is not None:
             here, features = batch.media.here, jnp.asarray(batch.media.features)
             x = jnp.where(here[:, None], features[:, 0].astype(x.dtype), x)
@@ -126,9 +133,12 @@ class Qwen3VL(nnx.Module):
 
     def finish(self, x: Float32[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
         """The last layer, at the scored rows alone, and the head."""
-        x = self.last(x, batch.score_layout, self._rotary(batch), batch.score_at)
+        return self.classify(self.last(x, batch.score_layout, self._rotary(batch), batch.score_at))
+
+    def classify(self, x: Float32[Array, "S D"]) -> Float32[Array, " S"]:
+        """The logits of states that left the last layer."""
         return einsum("SD,D->S", self.norm(x), self.head[...])
 
-    def __call__(self, batch: Packed) -> Float32[Array, " S"]:
-        x, shared = self.embed(batch)
+    def __call__(self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None) -> Float32[Array, " S"]:
+        x, shared = self.embed(batch, embeddings)
         return self.finish(run_layers(self.layers, x, *shared), batch)

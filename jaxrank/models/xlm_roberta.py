@@ -173,9 +173,15 @@ class XLMRoberta(nnx.Module):
         self.dense = Projection("SD,DE->SE", (config.width, config.width), (config.width,), jnp.float32, rngs)
         self.head = Projection("SD,D->S", (config.width,), (), jnp.float32, rngs)
 
-    def embed(self, batch: Packed) -> tuple[Float[Array, "T D"], tuple[Layout]]:
-        """The first layer's input, and what every layer takes besides."""
-        word = table_rows(self.word[...], batch.tokens, self.implementation)
+    def token_embeddings(self, batch: Packed) -> Float32[Array, "T D"]:
+        """The rows of the table of words."""
+        return table_rows(self.word[...], batch.tokens, self.implementation)
+
+    def embed(
+        self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None
+    ) -> tuple[Float[Array, "T D"], tuple[Layout]]:
+        """The first layer's input, and what every layer takes besides. embeddings: instead of token_embeddings."""
+        word = self.token_embeddings(batch) if embeddings is None else embeddings
         position = table_rows(self.position[...], batch.positions + self.config.pad_id + 1, self.implementation)
         x = in_runs(
             self.embedding_norm,
@@ -187,9 +193,12 @@ class XLMRoberta(nnx.Module):
 
     def finish(self, x: Float[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
         """The last layer, at the scored rows alone, and the classifier."""
-        x = self.last(x, batch.score_layout, batch.score_at)
+        return self.classify(self.last(x, batch.score_layout, batch.score_at))
+
+    def classify(self, x: Float[Array, "S D"]) -> Float32[Array, " S"]:
+        """The logits of states that left the last layer."""
         return self.head(jax.nn.tanh(self.dense(x)))
 
-    def __call__(self, batch: Packed) -> Float32[Array, " S"]:
-        x, shared = self.embed(batch)
+    def __call__(self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None) -> Float32[Array, " S"]:
+        x, shared = self.embed(batch, embeddings)
         return self.finish(run_layers(self.layers, x, *shared), batch)
