@@ -319,8 +319,7 @@ class Scheduler:
         with self._change:
             self.tokens -= tokens
             if not any(failed):
-                # slowly: under pressure the queue fills up to every peak of the estimate
-                self._rate += (tokens / busy_s - self._rate) * (0.05 if self._rate else 1)
+                self._rate = smoothed(self._rate, tokens / busy_s)
             for (job, index), logit, lost in zip(batch, logits.tolist(), failed, strict=True):
                 job.logits[index] = logit
                 job.unscored -= 1
@@ -379,6 +378,12 @@ class Scheduler:
         if answers:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for an answer
                 self._loop.call_soon_threadsafe(_resolve, answers)
+
+
+def smoothed(rate: float, measured: float) -> float:
+    """The next estimate of a speed. It follows slower measurements sooner than faster ones: under pressure the queue
+    fills up to every peak of the estimate, and would be too long by the time it is scored."""
+    return measured if not rate else rate + (measured - rate) * (0.1 if measured < rate else 0.02)
 
 
 def _deadline(job: Job) -> int:
