@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="a folder or Hugging Face id; default: the built-in model")
     parser.add_argument("--overload-s", type=float, default=300.0)
     parser.add_argument("--soak-s", type=float, default=1200.0)
-    parser.add_argument("--queue-seconds", type=float, default=1.0, help="the server's --max-queue-seconds")
+    parser.add_argument("--queue-seconds", type=float, default=0.5, help="the server's --max-queue-seconds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxrank.server.errors import Closing, Overloaded, ScoringFailed
-from jaxrank.server.scheduler import Scheduler
+from jaxrank.server.scheduler import Scheduler, smoothed
 from jaxrank.types import Encoded
 from tests.server.fakes import FakeReranker, rerank, serving, until
 
@@ -81,6 +81,16 @@ class TestOverHttp:
             assert [future.result().status_code for future in accepted] == [200, 200]
             assert queued(base) == (0, 0)
             assert rerank(base, body("3")).status_code == 200
+
+    def test_the_estimate_of_speed(self) -> None:
+        assert smoothed(0.0, 70.0) == 70.0  # the first batch's
+        assert 85 < smoothed(100.0, 50.0) < 100 < smoothed(100.0, 150.0) < 105
+        rate, fast = 100.0, 0
+        for batch in range(1000):  # batches of 80 and 120 in turn: the estimate stays below their mean
+            rate = smoothed(rate, 120.0 if batch % 2 else 80.0)
+            fast += rate > 100
+        assert fast < 10
+        assert 80 < rate < 95
 
     def test_overload_by_seconds(self) -> None:
         fake = FakeReranker(row_tokens=50, delay_s=0.02)  # at most 2,500 tokens a second
