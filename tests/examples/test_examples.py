@@ -267,16 +267,34 @@ BUILTIN_SCRIPTS = ("saliency", "precision")
 QWEN3_SCRIPTS = ("hidden_states", "perturb")
 
 
-def test_command_lines(tmp_path: Path) -> None:
-    """All at once: each spends most of its time on importing."""
-    folder = make_qwen3(tmp_path, num_hidden_layers=2, hidden_size=64)
-    commands = {name: [sys.executable, str(EXAMPLES / f"{name}.py")] for name in BUILTIN_SCRIPTS}
-    commands |= {name: [sys.executable, str(EXAMPLES / f"{name}.py"), str(folder)] for name in QWEN3_SCRIPTS}
-    assert set(commands) == set(CHECKS)
+@dataclass(frozen=True)
+class Commands:
+    """The scripts under way, by name, and the folder of those that are given a model."""
+
+    folder: Path
+    started: dict[str, subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """All at once, while other tests go on: each spends most of its time on importing and compiling."""
+    folder = make_qwen3(tmp_path_factory.mktemp("commands"), num_hidden_layers=2, hidden_size=64)
+    lines = {name: [sys.executable, str(EXAMPLES / f"{name}.py")] for name in BUILTIN_SCRIPTS}
+    lines |= {name: [sys.executable, str(EXAMPLES / f"{name}.py"), str(folder)] for name in QWEN3_SCRIPTS}
     started = {
-        name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for name, command in commands.items()
+        name: subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name, line in lines.items()
     }
+    yield Commands(folder, started)
+    for process in started.values():
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def test_command_lines(commands: Commands) -> None:
+    folder, started = commands.folder, commands.started
+    assert set(started) == set(CHECKS)
     said = {name: process.communicate(timeout=300) for name, process in started.items()}
     rerankers = {
         True: Reranker.from_pretrained(dtype="float32"),
