@@ -11,8 +11,9 @@ LIBTPU := 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m
 serve: .venv/serve
 	.venv/bin/jaxrank serve $(MODEL) --port $(PORT)
 
+# files in their order: with the fullest first, those of few slow tests are left for one process at the end
 test: .venv/test
-	.venv/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	.venv/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Other servers' clients, in an environment of their own: they pin what they need
 test-clients: .venv/serve .venv-clients/done
