@@ -186,6 +186,9 @@ class Tally:
 def soak(running: Running, seconds: float) -> dict[str, Any]:
     """Part 2."""
     tally, over = Tally(), threading.Event()
+    target = Target(running.url)  # large bodies by many clients fill the server's pools, whose threads then stay
+    large = [target.body(query) for query in bench.made_up(4, 100, 1500)]
+    bench.closed_loop(target, large, 16, duration_s=5)
     before, ticks = running.usage(), running.metrics()
     kinds = [lambda d=dialect: _good(running, d, tally, over) for dialect in bench.PATHS]
     kinds += [lambda work=work: work(running, tally, over) for work in (_leaver, _leaver, _dripper, _slow_reader, _bad)]
