@@ -308,6 +308,12 @@ class Reranker:
         runs = (run for pair in encoded for run in (pair.prefix_media, pair.media) if run is not None)
         return replace(self.scorer.features, of=self.tower.of(one for run in runs for one in run.patches))
 
+    def _scores(self, encoded: Sequence[Encoded], raw: bool, progress: bool) -> Float32[np.ndarray, " n"]:
+        """Of each document, that of its best window: probabilities, or logits if `raw`."""
+        logits = self.score_encoded(encoded, progress=progress)
+        logits = logits[best_of(encoded, logits)]
+        return logits if raw else sigmoid(logits)
+
     def score(
         self,
         query: Content,
@@ -325,9 +331,7 @@ class Reranker:
         best window.
         """
         encoded = self.encode(query, documents, instruct=instruct, long_document=long_document)
-        logits = self.score_encoded(encoded, progress=progress)
-        logits = logits[best_of(encoded, logits)]
-        return logits if raw else sigmoid(logits)
+        return self._scores(encoded, raw, progress)
 
     def rank(
         self,
@@ -365,9 +369,7 @@ class Reranker:
     ) -> Float32[np.ndarray, " n"]:
         """A score for each (query, document) pair, in their order, as sentence-transformers' CrossEncoder.predict."""
         encoded = self.encode_pairs(pairs, instruct=instruct, long_document=long_document)
-        logits = self.score_encoded(encoded, progress=progress)
-        logits = logits[best_of(encoded, logits)]
-        return logits if raw else sigmoid(logits)
+        return self._scores(encoded, raw, progress)
 
     def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], *, instruct: str | None = None, long_document: str = "truncate"
