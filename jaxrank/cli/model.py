@@ -38,6 +38,7 @@ def model_arguments(command: argparse.ArgumentParser) -> None:
                          help="devices that share a copy; default: the fewest that hold it")  # fmt: skip
     command.add_argument("--compile-cache", metavar="FOLDER",
                          help='where compiled programs are kept for the next start; "none" for nowhere')  # fmt: skip
+    command.set_defaults(begin=None)  # when the command started, where it says so
 
 
 LONG_DOCUMENT = ("truncate", "window")
