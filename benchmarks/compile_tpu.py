@@ -5,13 +5,14 @@
 
 This is the compiler that runs on TPU machines (libtpu, in the extra `tpu`), Pallas kernels included; weights are
 shapes alone. A model that does not fit one chip is cut over 2, then 4 (see jaxrank.sharding); --chips-each asks for a
-number, --copies for several copies side by side, each with a row of its own. Memory is what the compiled program says
-of itself, a chip. The time is a roofline, not a measurement: the larger of FLOPs (of matrices and needed scores; the
-compiler counts a loop's body once) over the chip's published bfloat16 peak, and weights over its memory bandwidth, for
-a row full of documents of 190 tokens; what chips tell each other is not in it, though the all-reduces in the program's
-text are counted, two to a layer's body. With --patches, the vision towers of models that have one are compiled, for
-rows of so many patches full of images of 1,024; their models of text are compiled with rows of text alone. Ends in one
-JSON line.
+number, --copies for several copies side by side, each with a row of its own. v5e-16 and v5p-16 are chips of several
+hosts, with a process each that is to have all logits; v6e-8 is one host or two, and taken for two. Memory is what the
+compiled program says of itself, a chip. The time is a roofline, not a measurement: the larger of FLOPs (of matrices and
+needed scores; the compiler counts a loop's body once) over the chip's published bfloat16 peak, and weights over its
+memory bandwidth, for a row full of documents of 190 tokens; what chips tell each other is not in it, though the
+all-reduces in the program's text are counted, two to a layer's body. With --patches, the vision towers of models that
+have one are compiled, for rows of so many patches full of images of 1,024; their models of text are compiled with rows
+of text alone. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ CHIPS = {
     "v6e": Chip("v6e:2x2", 32 * GB, 918e12, 1640e9),
     "v6e-8": Chip("v6e:2x4", 32 * GB, 918e12, 1640e9),
     "v5p": Chip("v5p:2x2x1", 95 * GB, 459e12, 2765e9),
+    "v5e-16": Chip("v5e:4x4", 16 * GB, 197e12, 819e9),
+    "v5p-16": Chip("v5p:2x2x2", 95 * GB, 459e12, 2765e9),  # eight chips, of two cores each
 }
 
 
@@ -126,6 +129,8 @@ def compile_one(
     row: dict[str, Any] = {"model": name, "chip": chip_name, "chips_each": chips_each, unit: size}
     if copies > 1:
         row["copies"] = copies
+    if (hosts := len({device.process_index for device in mesh.devices.flat})) > 1:
+        row["hosts"] = hosts
     if quantization:
         row["quantization"] = quantization
     start = time.perf_counter()
@@ -160,7 +165,7 @@ def compile_one(
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *VL_MODELS], default=[*MODELS, *VL_MODELS])
-    parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
+    parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=["v5e", "v6e", "v6e-8", "v5p"])
     parser.add_argument("--buckets", nargs="+", type=int, default=[int(t) for t in LADDER if t <= 16384])
     parser.add_argument("--patches", nargs="*", type=int, default=[], help="rows of the vision towers")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the weights")

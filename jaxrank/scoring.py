@@ -133,7 +133,12 @@ def side_by_side(run: Any, state: Any, mesh: Mesh) -> Callable[[Any], Batched]:
             lambda leaf: jax.ShapeDtypeStruct((mesh.shape[DATA], *np.shape(leaf)), leaf.dtype, sharding=apart), sample
         )
         program = run.lower(state, outlines).compile()
-        return lambda rows: program(state, jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), apart))
+
+        def put(*leaves: Any) -> jax.Array:
+            together = np.stack(leaves)
+            return jax.make_array_from_callback(together.shape, apart, lambda cut: together[cut])
+
+        return lambda rows: program(state, jax.tree.map(put, *rows))
 
     return compile
 

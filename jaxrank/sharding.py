@@ -46,7 +46,8 @@ def choose_mesh(
         raise UnsupportedError(
             f"{least[0]} copies of the weights, each on {least[1]} devices, are asked for; there are {count} devices"
         )
-    memory = min((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices)
+    own = [device for device in devices if device.process_index == jax.process_index()]  # others cannot be asked
+    memory = min((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in own)
     shares = [tensor] if tensor else [n for n in range(1, count // least[0] + 1) if count % n == 0]
     refused: UnsupportedError | None = None
     for share in shares:
@@ -57,6 +58,14 @@ def choose_mesh(
             continue
         if tensor or need <= ROOM * memory:
             copies = data or count // share
+            idle = {device.process_index for device in devices} - {
+                device.process_index for device in devices[: copies * share]
+            }
+            if idle:
+                raise UnsupportedError(
+                    f"{copies} copies of the weights, each on {share} devices, leave process {min(idle)} without one; "
+                    f"use all {count} devices, or start fewer processes"
+                )
             return None if copies * share == 1 else make_mesh(devices[: copies * share], share)
         refused = UnsupportedError(
             f"the weights take {need / 1e9:.1f} GB on each of {share} devices, of {memory / 1e9:.1f} GB each; take "
@@ -112,16 +121,19 @@ def _map_cuts(f: Callable[[Any, int | None], Any], state: Any, parts: int) -> An
 
 def over_mesh(score: Callable[[Any, Any], jax.Array], state: Any, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
     """(state, packed row) -> logits [S] of one device, as (state, rows stacked on a leading axis) -> logits [rows, S]
-    of the mesh; as many rows as its "data" axis has devices."""
+    of the mesh; as many rows as its "data" axis has devices. Where several processes have the mesh's devices, each gets
+    all logits."""
+    spread = mesh.is_multi_process and mesh.shape[DATA] > 1
 
     def one_row(state: Any, rows: Any) -> jax.Array:
-        return score(state, jax.tree.map(lambda leaf: leaf[0], rows))[None]
+        logits = score(state, jax.tree.map(lambda leaf: leaf[0], rows))[None]
+        return jax.lax.all_gather(logits, DATA, tiled=True) if spread else logits
 
     return jax.shard_map(
         one_row,
         mesh=mesh,
         in_specs=(specs(state, mesh), PartitionSpec(DATA)),
-        out_specs=PartitionSpec(DATA),
+        out_specs=PartitionSpec(None if spread else DATA),
         check_vma=False,
     )
 

@@ -172,6 +172,7 @@ class Device:
     """One with so many bytes of memory."""
 
     platform = device_kind = "toy"
+    process_index = 0
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
