@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jaxrank import Reranker
+from jaxrank.cli import model
 from jaxrank.errors import RequestError
 from tests.checkpoints import edit_config
 from tests.cli.commands import NO_CACHE, Run, complaint, standard_input, to_bin
@@ -47,6 +49,15 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights of one byte": (lambda f: os.truncate(f / "model.safetensors", 1), "safetensors has 1 bytes and a header"),
     ".bin weights": (to_bin, "code; write a folder that needs none with `jaxrank convert {folder} NEW_FOLDER`"),
 }  # fmt: skip
+
+
+def test_flags_read_by_another_program(folder: Path) -> None:
+    """As jaxrank.server.ray_app and ray_data do, whose own tests need Ray."""
+    parser = argparse.ArgumentParser()
+    model.model_arguments(parser)
+    asked = parser.parse_args([*NO_CACHE, "--dtype", "float32"])
+    reranker = model.load(asked, str(folder), progress=False)
+    assert (reranker.name, reranker.dtype) == (str(folder), "float32")
 
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
