@@ -17,7 +17,7 @@ from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.scoring import take_tower, whole
 from jaxrank.sharding import choose_mesh, make_mesh
 from tests.checkpoints import make_bge, make_qwen3, make_qwen3_vl
-from tests.test_sharding import make_vl, rows
+from tests.test_sharding import Device, make_vl, rows
 
 
 def same(model: Any, other: Any) -> None:
@@ -73,16 +73,6 @@ def test_parts_of_matrices_and_scales(tmp_path: Path) -> None:
     for name in ("attention/out", "feed_forward/down"):
         assert (layer[f"{name}_int8"], layer[f"{name}_scale"]) == (4, 1), "sums over what is cut have whole scales"
     assert (cut["word_int8"], cut["word_scale"], cut["head"]) == (1, 1, 1)
-
-
-class Device:
-    platform = device_kind = "toy"
-
-    def __init__(self, memory: float) -> None:
-        self.memory = memory
-
-    def memory_stats(self) -> dict[str, int]:
-        return {"bytes_limit": int(self.memory)}
 
 
 def test_devices_are_chosen_by_what_int8_needs(tmp_path: Path) -> None:
