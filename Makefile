@@ -19,9 +19,10 @@ test: .venv/test
 test-clients: .venv/serve .venv-clients/done
 	cd tests/clients && PATH="$(CURDIR)/.venv/bin:$$PATH" "$(CURDIR)/.venv-clients/bin/python" -m pytest -q -c /dev/null --rootdir . --confcutdir .
 
-# The server and jobs on Ray, whose packages are many: in an environment on top of the tests' own
+# The server and jobs on Ray, whose packages are many: in an environment on top of the tests' own; RAY_TESTS for some
+RAY_TESTS ?= .
 test-ray: .venv-ray/done
-	cd tests/ray && "$(CURDIR)/.venv-ray/bin/python" -m pytest -q --disable-warnings -c /dev/null --rootdir . --confcutdir .
+	cd tests/ray && "$(CURDIR)/.venv-ray/bin/python" -m pytest -q --disable-warnings -c /dev/null --rootdir . --confcutdir . $(RAY_TESTS)
 
 # CrossEncoder and the model for MTEB beside what they stand in for
 test-research: .venv-research/done

@@ -1,9 +1,11 @@
-"""The server on Ray, two replicas of it, and the plain one beside it with the same flags."""
+"""The server on Ray, two replicas of it, the plain one beside it with the same flags; rows of files."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
 import re
 import secrets
 import signal
@@ -149,3 +151,24 @@ def plain(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         url = f"http://127.0.0.1:{port}"
         until(lambda: ready(url), 120, "the plain server")
         yield url
+
+
+TEXT = "the giant panda is a bear species endemic to china paris france tea green red what how ü 熊猫"
+WORDS = TEXT.split()
+MODEL = ("--dtype", "float32", "--compile-cache", "none")
+
+
+def rows(count: int, seed: int, mark: str) -> list[dict[str, Any]]:
+    dice = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return " ".join(dice.choices(WORDS, k=dice.randint(1, longest)))
+
+    return [
+        {"id": f"{mark}{i}", "query": text(8), "documents": [text(40) for _ in range(dice.randint(0, 6))], "n": i}
+        for i in range(count)
+    ]
+
+
+def write_lines(file: Path, lines: list[Any], end: str = "\n") -> None:
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + end)

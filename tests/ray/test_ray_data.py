@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,30 +17,10 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from conftest import until
+from conftest import MODEL, rows, until, write_lines
 from pyarrow import parquet as pq
 
-from jaxrank import RequestError, Reranker, parts, ray_data
-
-TEXT = "the giant panda is a bear species endemic to china paris france tea green red what how ü 熊猫"
-WORDS = TEXT.split()
-MODEL = ("--dtype", "float32", "--compile-cache", "none")
-
-
-def rows(count: int, seed: int, mark: str) -> list[dict[str, Any]]:
-    dice = random.Random(seed)
-
-    def text(longest: int) -> str:
-        return " ".join(dice.choices(WORDS, k=dice.randint(1, longest)))
-
-    return [
-        {"id": f"{mark}{i}", "query": text(8), "documents": [text(40) for _ in range(dice.randint(0, 6))], "n": i}
-        for i in range(count)
-    ]
-
-
-def write_lines(file: Path, lines: list[Any], end: str = "\n") -> None:
-    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + end)
+from jaxrank import Reranker
 
 
 def job(*arguments: object, folder: Path) -> list[str]:
@@ -133,105 +111,3 @@ def test_a_bad_row_ends_the_job_with_its_place(tmp_path: Path, environment: dict
     assert again.returncode == 0, again.stderr[-3000:]
     assert "1 rows skipped" in again.stderr
     assert [row["id"] for row in outputs(tmp_path / "out")] == ["a0", "a1", "a2"]
-
-
-class TestParts:
-    @pytest.mark.parametrize("part_bytes", [1, 7, 100, 1000, 10**6])
-    @pytest.mark.parametrize("end", ["\n", ""])
-    def test_every_line_is_in_one_part(self, tmp_path: Path, part_bytes: int, end: str) -> None:
-        given = rows(20, 5, "a")
-        write_lines(tmp_path / "x.jsonl", given, end)
-        (source,) = parts.find([str(tmp_path)])
-        found, places = [], []
-        for part in parts.cut(source, part_bytes):
-            lines = parts.Lines(part)
-            for number, row in lines.rows():
-                found.append(row)
-                places.append(lines.where(number))
-        assert found == given
-        assert places == [f"{tmp_path}/x.jsonl, line {n}" for n in range(1, 21)]
-
-    def test_names_differ_by_file_and_place(self) -> None:
-        made = [parts.Part(file, start, 9) for file in ("/a/x.jsonl", "/b/x.jsonl", "/b/x.parquet") for start in (0, 5)]
-        assert len({part.name for part in made}) == 6
-
-    def test_a_file_is_there_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*_: object) -> None:
-            raise OSError("no space left")
-
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="no space"):
-            parts.write(str(tmp_path), "a", b"content")
-        assert parts.names_in(str(tmp_path)) == set()
-        monkeypatch.undo()
-        parts.write(str(tmp_path), "a", b"content")
-        assert parts.names_in(str(tmp_path)) == {"a"}
-        parts.clear_unfinished(str(tmp_path))
-        assert [file.name for file in tmp_path.iterdir()] == ["a"]
-
-    @pytest.mark.parametrize(
-        "name, content, said",
-        [
-            ("x.jsonl.gz", b"", "is none of .jsonl"),
-            ("x.parquet", b"no parquet", "is no whole Parquet file"),
-            (None, b"", "there is no such file or folder"),
-        ],
-    )
-    def test_files_that_cannot_be_read(self, tmp_path: Path, name: str | None, content: bytes, said: str) -> None:
-        file = tmp_path / (name or "gone.jsonl")
-        if name:
-            file.write_bytes(content)
-        with pytest.raises(RequestError, match=said):
-            [parts.cut(source, 100) for source in parts.find([str(file)])]
-
-
-@pytest.fixture(scope="module")
-def worker() -> ray_data.Worker:
-    return ray_data.Worker(ray_data.parser().parse_args(["in", "--output", "x", *MODEL]))
-
-
-class TestWorker:
-    """Without Ray: what one process does with one part."""
-
-    def outcome(self, worker: ray_data.Worker, file: Path, **changed: object) -> str:
-        worker.arguments = Namespace(**{**vars(worker.arguments), "output": str(file.parent / "out"), **changed})
-        part = {"file": np.array([str(file)]), "start": np.array([0]), "stop": np.array([1])}
-        if file.suffix == ".jsonl":
-            part["stop"] = np.array([file.stat().st_size])
-        return worker(part)["error"][0]
-
-    @pytest.mark.parametrize(
-        "line, said",
-        [
-            ("[1]", "no JSON object"),
-            ("{", "no JSON: "),
-            ('{"documents": ["a"]}', "no 'query'"),
-            ('{"query": "q", "documents": "a"}', "'documents' is str; it must be a list"),
-            ('{"query": "q", "documents": [3]}', "documents[0]"),
-            ('{"query": "q", "documents": ["a"], "instruct": "judge"}', "without an instruct"),
-        ],
-    )
-    def test_bad_lines(self, worker: ray_data.Worker, tmp_path: Path, line: str, said: str) -> None:
-        write_lines(tmp_path / "in.jsonl", [{"query": "q", "documents": []}, line])
-        error = self.outcome(worker, tmp_path / "in.jsonl")
-        assert error.startswith(f"{tmp_path}/in.jsonl, line 2: ")
-        assert said in error
-        assert "--skip-bad-rows" in error
-
-    def test_bad_rows_of_parquet(self, worker: ray_data.Worker, tmp_path: Path) -> None:
-        table = pa.table({"q": ["a", None], "d": [["x", "y"], ["z"]], "when": pa.array([1, 2], pa.timestamp("us"))})
-        pq.write_table(table, tmp_path / "in.parquet")
-        fields = {"query_field": "q", "documents_field": "d"}
-        error = self.outcome(worker, tmp_path / "in.parquet", **fields)
-        assert error.startswith(f"{tmp_path}/in.parquet, row 1: no 'q'")
-        assert self.outcome(worker, tmp_path / "in.parquet", **fields, skip_bad_rows=True) == ""
-        (file,) = (tmp_path / "out").glob("*.parquet")
-        made = pq.read_table(file)
-        assert made.column_names == ["q", "when", "scores"]
-        assert made.schema.field("when").type == pa.timestamp("us")
-        assert len(made) == 1
-
-    def test_models_that_cannot_be_had(self, tmp_path: Path) -> None:
-        lost = ray_data.Worker(ray_data.parser().parse_args(["in", "--output", "x", "--model", str(tmp_path), *MODEL]))
-        write_lines(tmp_path / "in.jsonl", rows(1, 1, "a"))
-        assert "config.json" in self.outcome(lost, tmp_path / "in.jsonl")

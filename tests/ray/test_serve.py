@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import signal
@@ -10,20 +9,13 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 from conftest import KEY, Cluster, until
-from ray.serve.schema import ServeDeploySchema
-
-from jaxrank import RequestError
-from jaxrank.server import ray_app
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 
@@ -190,52 +182,3 @@ def test_a_new_version_takes_over_without_losing_a_request(cluster: Cluster) -> 
     assert cluster.proxy_log().count(AGAIN) == tried, "replicas ended before they had answered"
     assert ask(cluster.url, dict(url="/v1/rerank", json=MANY)).status_code == 200
     print(f"\n{len(load.answers)} requests, slowest {load.slowest:.1f} s")
-
-
-@pytest.mark.parametrize("failed, failing", [(False, False), (True, False), (False, True)])
-def test_health(failed: bool, failing: bool) -> None:
-    """What Ray asks every few seconds."""
-    service = SimpleNamespace(scheduler=SimpleNamespace(failed=failed, failing=failing))
-    replica: Any = object.__new__(ray_app.Replica)
-    replica._app = SimpleNamespace(state=SimpleNamespace(service=service))
-    expected = pytest.raises(RuntimeError, match="scoring") if failed or failing else nullcontext()
-    with expected:
-        asyncio.run(replica.check_health())
-    del replica._app
-
-
-def test_configurations_in_deploy_are_taken() -> None:
-    """Ray's own schema takes them, and our application their arguments."""
-    alone = yaml.safe_load((DEPLOY / "ray.yaml").read_text())
-    service = yaml.safe_load((DEPLOY / "kubernetes" / "ray.yaml").read_text())["spec"]
-    for config in (alone, yaml.safe_load(service["serveConfigV2"])):
-        (app,) = ServeDeploySchema.model_validate(config).applications
-        assert app.import_path == "jaxrank.server.ray_app:build"
-        assert ray_app.read(app.args).gpus == 1
-    (worker,) = service["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
-    assert int(worker["resources"]["limits"]["cpu"]) >= app.args["cpus"], "no replica fits a worker"
-
-
-@pytest.mark.parametrize(
-    "given, said",
-    [
-        (dict(api_key="secret"), "api_key_file"),
-        (dict(port=8000), "http_options"),
-        (dict(no_such=1), "--no-such=1"),
-        (dict(replicas=0), "must be a whole number of at least 1"),
-        (dict(replicas=3, max_replicas=2), "fewer than the 3 replicas"),
-        (dict(open_metrics="yes"), "must be true or false"),
-        (dict(dialect="nobody"), "invalid choice: 'nobody'"),
-    ],
-)
-def test_arguments_that_cannot_be(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(RequestError, match=said):
-        ray_app.build(given)
-
-
-def test_arguments_are_the_flags_of_the_command() -> None:
-    asked = ray_app.read(
-        {"model": "m", "max-documents": 7, "open_metrics": "true", "no_remote_media": False, "tpus": "4"}
-    )
-    assert (asked.model_flag, asked.max_documents, asked.open_metrics, asked.no_remote_media) == (["m"], 7, True, False)
-    assert asked.tpus == 4
