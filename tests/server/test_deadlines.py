@@ -132,7 +132,7 @@ class TestHangUp:
         assert fake.encoded == 2, "the second was never begun"
         assert caplog.text.count(" 499 ") == 2
 
-    @pytest.mark.parametrize("timeout_s", [20, 0.5])
+    @pytest.mark.parametrize("timeout_s", [20, 2])
     def test_while_media_are_fetched(self, timeout_s: float) -> None:
         """By a site that never answers: the connection to it is closed at once, too."""
         fake = FakeReranker()
@@ -147,7 +147,7 @@ class TestHangUp:
                 fetch, _ = site.accept()
                 assert fetch.recv(9) == b"GET /pand"
                 assert queued(base) == (1, 0)
-                if timeout_s < 1:
+                if timeout_s < 20:
                     assert client.recv(12) == b"HTTP/1.1 504"
             until(lambda: queued(base) == (0, 0), 3)
             with fetch:
