@@ -38,7 +38,8 @@ def choose_mesh(
     """The mesh for a model's outline; None for one device alone.
 
     data: copies of the weights, tensor: devices that share a copy. By default a copy lies on as few devices as its
-    weights fit, and there are as many copies as devices allow. Raises UnsupportedError where that cannot be.
+    weights fit, and there are as many copies as devices allow. Raises UnsupportedError where that cannot be, or where
+    one of several processes would have no part in it.
     """
     count, state = len(devices), nnx.state(model)
     least = [1 if number is None else number for number in (data, tensor)]
@@ -58,15 +59,13 @@ def choose_mesh(
             continue
         if tensor or need <= ROOM * memory:
             copies = data or count // share
-            idle = {device.process_index for device in devices} - {
-                device.process_index for device in devices[: copies * share]
-            }
-            if idle:
+            kept = devices[: copies * share]
+            if idle := {device.process_index for device in devices} - {device.process_index for device in kept}:
                 raise UnsupportedError(
                     f"{copies} copies of the weights, each on {share} devices, leave process {min(idle)} without one; "
                     f"use all {count} devices, or start fewer processes"
                 )
-            return None if copies * share == 1 else make_mesh(devices[: copies * share], share)
+            return None if len(kept) == 1 else make_mesh(kept, share)
         refused = UnsupportedError(
             f"the weights take {need / 1e9:.1f} GB on each of {share} devices, of {memory / 1e9:.1f} GB each; take "
             "more or larger devices, fewer copies, or a smaller model"
