@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoints import make_bge
 from tests.cli.commands import NO_CACHE, Run, complaint
 
 
@@ -20,14 +21,16 @@ class TestCommand:
         assert (status, err) == (0, "")
         return [json.loads(one)["score"] for one in out.splitlines()]
 
-    def test_flag_and_folder(self, run: Run, source: Path, documents: Path, tmp_path: Path) -> None:
+    def test_flag_and_folder(self, run: Run, documents: Path, tmp_path: Path) -> None:
+        # wide, since a converted folder has some 150 KB more than its weights, now more, now less
+        source = make_bge(tmp_path / "published", hidden_size=256, intermediate_size=1024)
         line = ["convert", source, tmp_path / "int8", "-q", "int8", "--no-progress"]
         assert run(*line) == (0, f"wrote {tmp_path}/int8\n", "")
         small, large = (
             sum(path.stat().st_size for path in (where).rglob("*") if path.is_file() and path.name != "tokenizer.json")
             for where in (tmp_path / "int8", source)
         )
-        assert small < 0.6 * large
+        assert small < 0.4 * large, "of float32; in bfloat16 it would be half"
         want = self.scores(run, documents, "--model", source, "--quantization", "int8")
         assert want == self.scores(run, documents, "--model", tmp_path / "int8")
         assert want == self.scores(run, documents, "--model", tmp_path / "int8", "-q", "int8")
