@@ -3,16 +3,15 @@
     python benchmarks/compile_tpu.py --models bge-reranker-v2-m3 --chips v5e v6e --buckets 2048
         [--patches 8192] [--quantization int8] [--output benchmarks/results/compile-tpu.json]
 
-This is the compiler that runs on TPU machines (libtpu, in the extra `tpu`), Pallas kernels included; weights are
-shapes alone. A model that does not fit one chip is cut over 2, then 4 (see jaxrank.sharding); --chips-each asks for a
-number, --copies for several copies side by side, each with a row of its own. v5e-16 and v5p-16 are chips of several
-hosts, with a process each that is to have all logits; v6e-8 is one host or two, and taken for two. Memory is what the
-compiled program says of itself, a chip. The time is a roofline, not a measurement: the larger of FLOPs (of matrices and
-needed scores; the compiler counts a loop's body once) over the chip's published bfloat16 peak, and weights over its
-memory bandwidth, for a row full of documents of 190 tokens; what chips tell each other is not in it, though the
-all-reduces in the program's text are counted, two to a layer's body. With --patches, the vision towers of models that
-have one are compiled, for rows of so many patches full of images of 1,024; their models of text are compiled with rows
-of text alone. Ends in one JSON line.
+This is the compiler that runs on TPU machines (libtpu, in the extra `tpu`), Pallas kernels included; weights are shapes
+alone. A model that does not fit one chip is cut over 2, then 4 (see jaxrank.sharding); --chips-each asks for a number,
+--copies for several copies side by side, each with a row of its own. v5e-16 and v5p-16 are chips of several hosts, with
+a process each that is to have all logits. Memory is what the compiled program says of itself, a chip. The time is a
+roofline, not a measurement: the larger of FLOPs (of matrices and needed scores; the compiler counts a loop's body once)
+over the chip's published bfloat16 peak, and weights over its memory bandwidth, for a row full of documents of 190
+tokens; what chips tell each other is not in it, though the all-reduces in the program's text are counted, two to a
+layer's body. With --patches, the vision towers of models that have one are compiled, for rows of so many patches full
+of images of 1,024; their models of text are compiled with rows of text alone. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -53,18 +52,20 @@ GB = 1e9
 
 
 class Chip(NamedTuple):
-    """A topology of libtpu, and one chip's memory, bfloat16 peak and bandwidth as Google publishes them."""
+    """A topology of libtpu, one chip's memory, bfloat16 peak and bandwidth as Google publishes them, and the chips of a
+    host along each axis."""
 
     topology: str
     memory: float
     flops: float
     bandwidth: float
+    host: tuple[int, int, int] = (2, 2, 1)
 
 
 CHIPS = {
     "v5e": Chip("v5e:2x2", 16 * GB, 197e12, 819e9),
     "v6e": Chip("v6e:2x2", 32 * GB, 918e12, 1640e9),
-    "v6e-8": Chip("v6e:2x4", 32 * GB, 918e12, 1640e9),
+    "v6e-8": Chip("v6e:2x4", 32 * GB, 918e12, 1640e9, host=(2, 4, 1)),
     "v5p": Chip("v5p:2x2x1", 95 * GB, 459e12, 2765e9),
     "v5e-16": Chip("v5e:4x4", 16 * GB, 197e12, 819e9),
     "v5p-16": Chip("v5p:2x2x2", 95 * GB, 459e12, 2765e9),  # eight chips, of two cores each
@@ -106,7 +107,9 @@ def compile_one(
     module: Any
     module, config = (MODELS | VL_MODELS)[name]
     chip = CHIPS[chip_name]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=chip.topology, chips_per_host_bounds=chip.host
+    ).devices
     mesh = make_mesh(devices[: copies * chips_each], chips_each)
     model = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation="tpu"))
     if quantization:

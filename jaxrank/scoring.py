@@ -136,6 +136,7 @@ def side_by_side(run: Any, state: Any, mesh: Mesh) -> Callable[[Any], Batched]:
 
         def put(*leaves: Any) -> jax.Array:
             together = np.stack(leaves)
+            # jax.device_put would have several processes compare it first
             return jax.make_array_from_callback(together.shape, apart, lambda cut: together[cut])
 
         return lambda rows: program(state, jax.tree.map(put, *rows))

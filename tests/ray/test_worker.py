@@ -20,8 +20,6 @@ def worker() -> ray_data.Worker:
 
 
 class TestWorker:
-    """Without Ray: what one process does with one part."""
-
     def outcome(self, worker: ray_data.Worker, file: Path, **changed: object) -> str:
         worker.arguments = Namespace(**{**vars(worker.arguments), "output": str(file.parent / "out"), **changed})
         part = {"file": np.array([str(file)]), "start": np.array([0]), "stop": np.array([1])}
