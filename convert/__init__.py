@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -140,7 +141,11 @@ def convert(
     except CheckpointError as error:  # from save, which names the hidden folder
         raise CheckpointError(f"{str(error).replace(str(hidden), str(folder))}; nothing was left there") from error
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        for _ in range(20):  # where one write has failed, TensorStore's threads may go on with others for a moment
+            if not hidden.exists():
+                break
+            shutil.rmtree(hidden, ignore_errors=True)
+            time.sleep(0.1)
 
 
 def check_target(folder: Path, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """Conversion is exact, whole or not at all, and runs no code from a checkpoint."""
 
 import builtins
+import contextlib
 import os
 import pickle
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -116,6 +118,29 @@ def test_full_disk(larger, tmp_path):
     assert re.search(
         r"^jaxrank\.errors\.CheckpointError: .*/out could not be written: .*File too large", result.stderr, re.M
     )
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_goes_on_writing_after_a_failure(source, tmp_path, monkeypatch):
+    """As TensorStore's threads may: their files keep the folder from being removed, or make it again."""
+    writers = []
+
+    def fail(hidden, model):
+        def write():
+            end = time.monotonic() + 0.3
+            while time.monotonic() < end:
+                with contextlib.suppress(OSError):  # the folder may vanish in between
+                    (hidden / "weights").mkdir(parents=True, exist_ok=True)
+                    (hidden / "weights" / "late").write_bytes(b"x")
+
+        writers.append(threading.Thread(target=write))
+        writers[0].start()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with pytest.raises(ModelError, match="no space left; nothing was left there"):
+        convert.convert(source, tmp_path / "out", progress=False)
+    writers[0].join()
     assert os.listdir(tmp_path) == []
 
 
