@@ -103,13 +103,13 @@ def on_gpu(tokens: int, prefix: int, heads: tuple[int, int, int], turns: int) ->
     query_heads, _, size = heads
     q, k, v = operands(tokens, heads, "bfloat16")
     spans = spans_of(tokens, prefix)
-    layout = jax.tree.map(jnp.asarray, make_layout(spans, tokens, "gpu"))
+    layout = jax.tree.map(jnp.asarray, make_layout(spans, tokens, "triton"))
     call = jax.jit(attention, static_argnames=("scale", "implementation"))
-    seconds = median_seconds(lambda: call(q, k, v, layout, scale=size**-0.5, implementation="gpu"), turns)
+    seconds = median_seconds(lambda: call(q, k, v, layout, scale=size**-0.5, implementation="triton"), turns)
     needed = 4.0 * query_heads * size * float((spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2]).sum())
     rate = matmul_rate(8192, turns)
     return {
-        "part": "gpu",
+        "part": "triton",
         "tokens": tokens,
         "prefix": prefix,
         "heads": heads,

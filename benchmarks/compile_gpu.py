@@ -143,20 +143,20 @@ def lower_kernel(case: Case, place: NamedSharding) -> Any:
     def shaped(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    layout = make_layout(np.zeros((case.rows, 4), np.int32), case.keys, "gpu")
+    layout = make_layout(np.zeros((case.rows, 4), np.int32), case.keys, "triton")
     q = shaped((case.rows, case.heads, case.size), case.dtype)
     k = shaped((case.keys, case.kv_heads, case.size), case.dtype)
-    call = jax.jit(partial(attention, scale=case.size**-0.5, implementation="gpu"))
+    call = jax.jit(partial(attention, scale=case.size**-0.5, implementation="triton"))
     return call.lower(q, k, k, jax.tree.map(lambda x: shaped(x.shape, x.dtype), layout))
 
 
 def lower_model(name: str, tokens: int, place: NamedSharding) -> Any:
     module: Any
     module, config = (MODELS | VL_MODELS)[name]
-    model = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation="gpu"))
+    model = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation="triton"))
     take_tower(model)
     score, state = whole(model)
-    packed = pack([], tokens, causal=module.causal, implementation="gpu")
+    packed = pack([], tokens, causal=module.causal, implementation="triton")
     return score.lower(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, packed)))
 
 

@@ -38,7 +38,7 @@ from jaxrank.packing import LADDER, bucket_of, pack, plan, row_size
 from jaxrank.scoring import compile_whole
 from jaxrank.types import Encoded
 
-ATTENTION = "gpu" if jax.default_backend() == "gpu" else None
+ATTENTION = "triton" if jax.default_backend() == "gpu" else None
 
 
 def pairs_of(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[Encoded]:

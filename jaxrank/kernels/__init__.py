@@ -5,7 +5,7 @@ tiles.py    spans -> tiles at document borders, for XLA
 xla.py      tiled, for CPU; dense, the oracle, for any backend
 grid.py     spans -> (query tile, key tile) pairs, for Pallas
 tpu.py      Pallas for TPU
-gpu.py      Pallas for NVIDIA GPUs, through Triton
+triton.py   Pallas for NVIDIA GPUs, through Triton
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxrank.kernels import gpu, rotary, tiles, tpu, xla
+from jaxrank.kernels import rotary, tiles, tpu, triton, xla
 from jaxrank.kernels.grid import make_grid
 from jaxrank.kernels.rotary import Rotary
 from jaxrank.kernels.tiles import LONG_ROW
@@ -33,25 +33,29 @@ __all__ = [
 
 
 class Implementation(NamedTuple):
-    """An attention body, what makes its tile list from spans and the number of keys, and the body of norm_rotary."""
+    """An attention body, what makes its tile list from spans and the number of keys, and the body of norm_rotary.
+
+    platform: the JAX backend that it runs on; None for any.
+    """
 
     body: Callable[..., Array]
     make_layout: Callable[[np.ndarray, int], Layout]
     norm_rotary: Callable[..., Array] = rotary.xla
+    platform: str | None = None
 
 
 _TPU_GRID = partial(make_grid, tile_size=tpu.tile_size)
-_GPU_GRID = partial(make_grid, tile_size=gpu.tile_size, key_tile_size=gpu.key_tile_size)
+_TRITON_GRID = partial(make_grid, tile_size=triton.tile_size, key_tile_size=triton.key_tile_size)
 
 IMPLEMENTATIONS = {
     "tiled": Implementation(xla.tiled, tiles.make_layout),
     "dense": Implementation(xla.dense, tiles.make_layout),
-    "tpu": Implementation(tpu.attention, _TPU_GRID, rotary.tpu),
+    "tpu": Implementation(tpu.attention, _TPU_GRID, rotary.tpu, platform="tpu"),
     "tpu-interpreted": Implementation(
         partial(tpu.attention, interpret=True), _TPU_GRID, partial(rotary.tpu, interpret=True)
     ),
-    "gpu": Implementation(gpu.attention, _GPU_GRID),
-    "gpu-interpreted": Implementation(partial(gpu.attention, interpret=True), _GPU_GRID),
+    "triton": Implementation(triton.attention, _TRITON_GRID, platform="gpu"),
+    "triton-interpreted": Implementation(partial(triton.attention, interpret=True), _TRITON_GRID),
 }
 """By name; the interpreted ones run anywhere, slowly, and are for tests."""
 
@@ -59,7 +63,7 @@ IMPLEMENTATIONS = {
 def pick(implementation: str | None) -> Implementation:
     """The one of that name, or for None the default device's: Pallas on TPU, XLA elsewhere.
 
-    On NVIDIA GPUs, too, until "gpu" has been measured on one.
+    On NVIDIA GPUs, too, until "triton" has been measured on one.
     """
     name = implementation or {"tpu": "tpu"}.get(jax.default_backend(), "tiled")
     if name not in IMPLEMENTATIONS:

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxrank.kernels import IMPLEMENTATIONS, attention, gpu, make_layout, tpu
+from jaxrank.kernels import IMPLEMENTATIONS, attention, make_layout, tpu, triton
 from jaxrank.kernels.grid import FIRST, LAST, make_grid
 from jaxrank.kernels.tiles import classes, max_tiles
 
@@ -89,7 +89,7 @@ def run(q, k, v, spans, implementation):
     return np.asarray(call(q, k, v, layout, scale=0.2, implementation=implementation), np.float64)
 
 
-RUNNABLE = [name for name in IMPLEMENTATIONS if name not in ("tpu", "gpu") or name == jax.default_backend()]
+RUNNABLE = [name for name, one in IMPLEMENTATIONS.items() if one.platform in (None, jax.default_backend())]
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
@@ -180,8 +180,8 @@ class TestLayout:
 class TestGrid:
     @pytest.mark.parametrize(
         "tile_size, key_tile_size",
-        [(tpu.tile_size, tpu.tile_size), (gpu.tile_size, gpu.key_tile_size)],
-        ids=["tpu", "gpu"],
+        [(tpu.tile_size, tpu.tile_size), (triton.tile_size, triton.key_tile_size)],
+        ids=["tpu", "triton"],
     )
     @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
     def test_pairs_are_those_in_which_a_row_sees_a_key(self, spans, tile_size, key_tile_size):
@@ -223,7 +223,7 @@ class TestGrid:
         ],
     )
     def test_tile_sizes(self, rows, on_tpu, on_gpu):
-        assert (tpu.tile_size(rows), gpu.tile_size(rows)) == (on_tpu, on_gpu)
+        assert (tpu.tile_size(rows), triton.tile_size(rows)) == (on_tpu, on_gpu)
 
 
 GPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
@@ -237,7 +237,7 @@ class TestLowering:
     @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
     @pytest.mark.parametrize("rows", [1536, 96])
     @pytest.mark.parametrize(
-        "name, platform, target", [("gpu", "cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu", "tpu_custom_call")]
+        "name, platform, target", [("triton", "cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu", "tpu_custom_call")]
     )
     def test_lowers(self, name, platform, target, rows, heads, dtype):
         query_heads, kv_heads, size = heads
@@ -246,7 +246,7 @@ class TestLowering:
         q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, query_heads, size), (1536, kv_heads, size)))
         call = jax.jit(partial(attention, scale=0.2, implementation=name))
         allowed = [jax.export.DisabledSafetyCheck.custom_call(target)]
-        with jax.sharding.use_abstract_mesh(GPU) if name == "gpu" else nullcontext():
+        with jax.sharding.use_abstract_mesh(GPU) if name == "triton" else nullcontext():
             exported = jax.export.export(call, platforms=[platform], disabled_checks=allowed)(q, k, k, layout)
         assert target in exported.mlir_module()
 
@@ -259,7 +259,7 @@ class TestChecks:
 
     def test_layouts_of_another_implementation(self):
         q, k, v = inputs(KEYS, (2, 2, 64), "float32")
-        for name, other in (("tiled", "tpu"), ("gpu-interpreted", "dense")):
+        for name, other in (("tiled", "tpu"), ("triton-interpreted", "dense")):
             layout = make_layout(SPANS["mixed"], KEYS, other)
             with pytest.raises(ValueError, match="made for another implementation"):
                 attention(q, k, v, layout, scale=1.0, implementation=name)

@@ -210,7 +210,7 @@ class TestTower:
         want = published.features(media)
         assert np.abs(np.asarray(tower(state, row))[: len(want)] - want).max() <= 2e-4
 
-    @pytest.mark.parametrize("implementation", ["tpu-interpreted", "gpu-interpreted"])
+    @pytest.mark.parametrize("implementation", ["tpu-interpreted", "triton-interpreted"])
     @pytest.mark.parametrize("width, heads", [(256, 4), (144, 2)], ids=["heads of 64", "heads of 72"])
     def test_implementations(self, implementation: str, width: int, heads: int) -> None:
         config = VisionConfig(
