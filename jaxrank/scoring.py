@@ -24,7 +24,7 @@ from jaxrank.errors import ModelError, RequestError
 from jaxrank.kernels import is_for_tpu
 from jaxrank.models.layers import stack_layers
 from jaxrank.packing import LADDER, Features, bucket_of, buckets, media_buckets, pack, plan, row_size
-from jaxrank.sharding import DATA, over_mesh, shardings
+from jaxrank.sharding import DATA, MODEL, arranged, over_mesh, shardings
 from jaxrank.types import Encoded, Packed, Work
 
 WINDOW = 2048
@@ -180,6 +180,8 @@ def whole_tower(tower: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
 
 def _jitted(module: Any, mesh: Mesh | None) -> tuple[Any, Any]:
     graph, state = nnx.split(module)
+    if mesh is not None:
+        state = arranged(state, mesh.shape[MODEL])
 
     def run(state: Any, batch: Any) -> jax.Array:
         return nnx.merge(graph, state)(batch)

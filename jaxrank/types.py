@@ -132,6 +132,31 @@ class Ranked:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Columns:
+    """Heads that lie side by side in a wider array [T, C]: its columns first * size to (first + heads) * size."""
+
+    array: Any
+    first: int = field(metadata={"static": True})
+    heads: int = field(metadata={"static": True})
+    size: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[T, heads, H], as the array of these heads alone."""
+        return len(self.array), self.heads, self.size
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def alone(self) -> jax.Array:
+        """The array [T, heads, H] of these heads."""
+        columns = self.array[:, self.first * self.size : (self.first + self.heads) * self.size]
+        return columns.reshape(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Layout:
     """Who may look at whom in a packed row, and the same as a list of tiles to compute.
 

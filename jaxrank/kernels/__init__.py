@@ -24,10 +24,10 @@ from jaxrank.kernels import rotary, tiles, tpu, triton, xla
 from jaxrank.kernels.grid import make_grid
 from jaxrank.kernels.rotary import Rotary
 from jaxrank.kernels.tiles import LONG_ROW
-from jaxrank.types import Layout
+from jaxrank.types import Columns, Layout
 
 __all__ = [
-    "IMPLEMENTATIONS", "LONG_ROW", "attention", "is_for_cpu", "is_for_tpu", "make_layout", "norm_rotary",
+    "IMPLEMENTATIONS", "LONG_ROW", "attention", "heads_of", "is_for_cpu", "is_for_tpu", "make_layout", "norm_rotary",
     "operand_dtype",
 ]  # fmt: skip
 
@@ -35,13 +35,15 @@ __all__ = [
 class Implementation(NamedTuple):
     """An attention body, what makes its tile list from spans and the number of keys, and the body of norm_rotary.
 
-    platform: the JAX backend that it runs on; None for any.
+    platform: the JAX backend that it runs on; None for any. takes_columns: whether both read Columns where they lie;
+    others get copies.
     """
 
     body: Callable[..., Array]
     make_layout: Callable[[np.ndarray, int], Layout]
     norm_rotary: Callable[..., Array] = rotary.xla
     platform: str | None = None
+    takes_columns: bool = False
 
 
 _TPU_GRID = partial(make_grid, tile_size=tpu.tile_size)
@@ -50,12 +52,15 @@ _TRITON_GRID = partial(make_grid, tile_size=triton.tile_size, key_tile_size=trit
 IMPLEMENTATIONS = {
     "tiled": Implementation(xla.tiled, tiles.make_layout),
     "dense": Implementation(xla.dense, tiles.make_layout),
-    "tpu": Implementation(tpu.attention, _TPU_GRID, rotary.tpu, platform="tpu"),
+    "tpu": Implementation(tpu.attention, _TPU_GRID, rotary.tpu, platform="tpu", takes_columns=True),
     "tpu-interpreted": Implementation(
-        partial(tpu.attention, interpret=True), _TPU_GRID, partial(rotary.tpu, interpret=True)
+        partial(tpu.attention, interpret=True),
+        _TPU_GRID,
+        partial(rotary.tpu, interpret=True),
+        takes_columns=True,
     ),
-    "triton": Implementation(triton.attention, _TRITON_GRID, platform="gpu"),
-    "triton-interpreted": Implementation(partial(triton.attention, interpret=True), _TRITON_GRID),
+    "triton": Implementation(triton.attention, _TRITON_GRID, rotary.gpu, platform="gpu"),
+    "triton-interpreted": Implementation(partial(triton.attention, interpret=True), _TRITON_GRID, rotary.gpu),
 }
 """By name; the interpreted ones run anywhere, slowly, and are for tests."""
 
@@ -77,9 +82,9 @@ def make_layout(spans: Int32[np.ndarray, "R 4"], keys: int, implementation: str 
 
 
 def attention(
-    q: Float[Array, "R N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    q: Float[Array, "R N H"] | Columns,
+    k: Float[Array, "T K H"] | Columns,
+    v: Float[Array, "T K H"] | Columns,
     layout: Layout,
     *,
     scale: float,
@@ -88,8 +93,8 @@ def attention(
     """Softmax attention of R query rows over a packed row of T keys, as `layout` allows.
 
     The result has q's dtype; products, softmax and sums are float32. Rows whose spans are empty give 0.
-    N must be a multiple of K (grouped-query attention). `implementation` names one of IMPLEMENTATIONS, None is the
-    default device's; `layout` must have been made for the same.
+    N must be a multiple of K (grouped-query attention): query head n looks at key head n mod K. `implementation` names
+    one of IMPLEMENTATIONS, None is the default device's; `layout` must have been made for the same.
     """
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
@@ -98,11 +103,15 @@ def attention(
     chosen = pick(implementation)
     if (layout.tiles.ndim == 1) != (chosen.make_layout is not tiles.make_layout):
         raise ValueError("attention: the layout was made for another implementation; see make_layout")
-    return chosen.body(q, k, v, layout, scale=scale)
+    return chosen.body(*(_as_taken(x, chosen) for x in (q, k, v)), layout, scale=scale)
+
+
+def _as_taken(x: Array | Columns, implementation: Implementation) -> Array | Columns:
+    return x.alone() if isinstance(x, Columns) and not implementation.takes_columns else x
 
 
 def norm_rotary(
-    x: Float32[Array, "R N H"],
+    x: Float[Array, "R N H"] | Columns,
     scale: Float32[Array, " H"],
     by: Rotary,
     *,
@@ -118,7 +127,16 @@ def norm_rotary(
             f"norm_rotary: got x {x.shape}, scale {scale.shape}, tables {by.cos.shape}, {by.sin.shape}; "
             "want [R, N, H], [H], [R, H], [R, H]"
         )
-    return pick(implementation).norm_rotary(x, scale, by, eps=eps, dtype=dtype)
+    chosen = pick(implementation)
+    return chosen.norm_rotary(_as_taken(x, chosen), scale, by, eps=eps, dtype=dtype)
+
+
+def heads_of(
+    x: Float[Array, "R C"], first: int, heads: int, size: int, implementation: str | None
+) -> Float[Array, "R heads H"] | Columns:
+    """Heads first to first + heads of x, as that implementation reads them with the fewest copies."""
+    found = Columns(x, first, heads, size)
+    return found if pick(implementation).takes_columns else found.alone()
 
 
 def is_for_cpu(implementation: str | None) -> bool:

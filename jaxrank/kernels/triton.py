@@ -52,9 +52,8 @@ def attention(
     q = jnp.pad(q, ((0, -rows % height), (0, 0), (0, wide - size)))
     k, v = (jnp.pad(x, ((0, -keys % width), (0, 0), (0, wide - size))) for x in (k, v))
     spans = jnp.pad(jnp.asarray(layout.spans), ((0, -rows % height), (0, 0)))
-    groups = heads // kv_heads
     one_head = pl.BlockSpec((height, None, wide), lambda tile, head: (tile, head, 0))
-    all_keys = pl.BlockSpec((k.shape[0], None, wide), lambda tile, head: (0, lax.div(head, groups), 0))
+    all_keys = pl.BlockSpec((k.shape[0], None, wide), lambda tile, head: (0, lax.rem(head, kv_heads), 0))
     whole = pl.BlockSpec(None, None)
     out = pl.pallas_call(
         functools.partial(_kernel, width=width, scale=scale, interpret=interpret),

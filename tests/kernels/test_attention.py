@@ -23,11 +23,10 @@ def reference(q, k, v, spans, scale):
     """Softmax attention, row by row in float64; rows without keys give 0."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
-    group = q.shape[1] // k.shape[1]
     for row, (a0, a1, b0, b1) in enumerate(spans):
         keys = sorted({*range(a0, a1), *range(b0, b1)})
         for head in range(k.shape[1]) if keys else []:
-            mine = slice(head * group, (head + 1) * group)
+            mine = slice(head, None, k.shape[1])  # query head n belongs to key head n mod K
             scores = k[keys, head] @ q[row, mine].T * scale
             weights = np.exp(scores - scores.max(0))
             out[row, mine] = (weights / weights.sum(0)).T @ v[keys, head]
