@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from jaxrank.kernels.grid import FIRST, LAST
+from jaxrank.kernels.grid import FIRST, LAST, key_tile, query_tile
 from jaxrank.types import Layout
 
 TILES = (256, 128)
@@ -55,9 +55,9 @@ def attention(
     spans = jnp.asarray(layout.spans)
     q, spans = (_pad_rows(x, height) for x in (q.reshape(rows, -1), spans))
     k, v = (_pad_rows(x.reshape(keys, -1), width) for x in (k, v))
-    query_block = pl.BlockSpec((height, q.shape[1]), lambda i, items: (lax.shift_right_logical(items[i], 16), 0))
-    spans_block = pl.BlockSpec((height, 4), lambda i, items: (lax.shift_right_logical(items[i], 16), 0))
-    key_block = pl.BlockSpec((width, k.shape[1]), lambda i, items: (_key_tile(items[i]), 0))
+    query_block = pl.BlockSpec((height, q.shape[1]), lambda i, items: (query_tile(items[i]), 0))
+    spans_block = pl.BlockSpec((height, 4), lambda i, items: (query_tile(items[i]), 0))
+    key_block = pl.BlockSpec((width, k.shape[1]), lambda i, items: (key_tile(items[i]), 0))
     out = pl.pallas_call(
         functools.partial(_kernel, size=size, groups=heads // kv_heads, scale=scale),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -79,10 +79,6 @@ def attention(
     return out[:rows].reshape(rows, heads, size)
 
 
-def _key_tile(item: Array) -> Array:
-    return lax.shift_right_logical(item, 2) & 0x3FFF
-
-
 def _pad_rows(x: Array, tile: int) -> Array:
     """Zeros behind the last row, up to whole tiles: a block that reaches beyond an array would hold anything."""
     return jnp.pad(x, ((0, -len(x) % tile), (0, 0)))
@@ -93,7 +89,7 @@ def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, grou
     sums, [B, N * H], what it has drawn so far."""
     item = items[pl.program_id(0)]
     width = k.shape[0]
-    keys = _key_tile(item) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    keys = key_tile(item) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
     a0, a1, b0, b1 = (spans[:, i : i + 1] for i in range(4))
     allowed = ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
     block = max(size, LANES)
