@@ -86,7 +86,10 @@ def attention(
     scale: float,
     interpret: Any,
 ) -> Float[Array, "R N H"]:
-    """R and T are multiples of the sizes of a query and a key tile; these and H are multiples of 64."""
+    """R and T are multiples of the sizes of a query and a key tile; these are 64 or 128, and so is H.
+
+    stages: key tiles in shared memory at a time.
+    """
     rows, heads, size = q.shape
     height, width = tiles
     workers = height // WARPGROUP
@@ -240,15 +243,24 @@ def _wide(x: Array, like: Array) -> Array:
 
 
 def _mask(scores: Array, tile: Array, bounds: list[Array], static: _Static) -> Array:
-    """Scores of keys outside the row's spans become MASKED."""
-    keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX) + tile * static.width
+    """Scores of keys outside the row's spans become MASKED.
 
-    def within(start: Array, end: Array) -> Array:
-        """start <= keys < end in one comparison: what lies before the start is large without a sign."""
-        return (keys - _wide(start, keys)).astype(jnp.uint32) < _wide((end - start).astype(jnp.uint32), keys)
+    In MATRIX a thread has of a row the columns 8 j + lane and 8 j + lane + 1, at most 32. What depends on row and lane
+    alone is computed once: a word with a bit for each of them. A column then takes two instructions, where comparing it
+    with the bounds takes five.
+    """
+    column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
+    lane, bit = column & 6, (column >> 3 << 1) | (column & 1)
 
-    a0, a1, b0, b1 = bounds
-    return jnp.where(within(a0, a1) | within(b0, b1), scores, MASKED / static.scale)
+    def before(bound: Array) -> Array:
+        """The bits of columns before the bound. 1 is shifted three times, since a shift by 32 is undefined."""
+        at = jnp.clip(_wide(bound - tile * static.width, scores) - lane, 0, static.width)
+        eights = at >> 3
+        return ((1 << eights << eights) << jnp.minimum(at & 7, 2)) - 1
+
+    a0, a1, b0, b1 = (before(bound) for bound in bounds)
+    seen = (a1 & ~a0) | (b1 & ~b0)
+    return jnp.where((seen & (1 << bit)) != 0, scores, MASKED / static.scale)
 
 
 def _softmax(scores: Array, highest: Array, total: Array, sums: Array, static: _Static) -> tuple[Array, ...]:

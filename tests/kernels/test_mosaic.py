@@ -40,6 +40,12 @@ def far_apart(keys: int) -> np.ndarray:
     return spans
 
 
+def two_keys(rows: int) -> np.ndarray:
+    """Every row sees one key in each span: spans begin and end everywhere."""
+    at = np.arange(rows, dtype=np.int32)
+    return np.stack([at, at + 1, 199 - at, 200 - at], 1)
+
+
 # spans of the query rows, heads, keys
 CASES = {
     "bidirectional, ragged": (bidirectional([3, 150, 1, 20], 180), (2, 2, 64), 180),
@@ -49,6 +55,7 @@ CASES = {
     "score rows": (star([(130, [200, 1, 50])], 390)[[0, 129, 130, 329, 330, 340, 380, 385]], (4, 2, 64), 390),
     "more key tiles than stages, most of them full": (bidirectional([690], 690)[600:], (1, 1, 64), 690),
     "warpgroups that see different keys": (far_apart(500), (1, 1, 64), 500),
+    "two keys a row": (two_keys(128), (1, 1, 64), 200),
     "query tiles of nothing but filler": (bidirectional([30], 290), (1, 1, 64), 290),
 }
 
