@@ -48,17 +48,20 @@ def attention(
     layout: Layout,
     *,
     scale: float,
+    tiles: tuple[int, int] | None = None,
     stages: int = STAGES,
     interpret: Any = False,
 ) -> Float[Array, "R N H"]:
     """Heads that are no multiple of 64, and rows and keys that are no whole tiles, are padded.
 
     Values must be finite, those of keys that no row sees too: a row takes 0 times the values of a tile's other keys.
-    interpret: True, or the interpreter's parameters (plgpu.InterpretGPUParams).
+    tiles: rows of a query tile and of a key tile, each 64 or 128, where the layout was not made with the sizes above.
+    stages: key tiles in shared memory at a time. interpret: True, or the interpreter's parameters
+    (plgpu.InterpretGPUParams).
     """
     rows, _, size = q.shape
     keys = len(k)
-    height, width = tile_size(rows), key_tile_size(keys)
+    height, width = tiles or (tile_size(rows), key_tile_size(keys))
     if layout.tiles.shape != (-(-rows // height) * -(-keys // width),):
         raise ValueError("attention: the layout was made for another implementation or call; see make_layout")
     if q.dtype != jnp.bfloat16 or size > WIDEST:

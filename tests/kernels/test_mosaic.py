@@ -16,7 +16,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu
 
 from jaxrank.kernels import IMPLEMENTATIONS, attention, make_layout, mosaic
-from jaxrank.kernels.grid import FULL
+from jaxrank.kernels.grid import FULL, make_grid
 from jaxrank.types import Layout
 from tests.kernels.test_attention import GPU, bidirectional, reference, star
 
@@ -107,6 +107,13 @@ class TestAgainstReference:
         got = run(q, k, v.at[:100].set(1e30), make_layout(spans, 300, NAME))
         assert_close(got, want)
         np.testing.assert_array_equal(got[90:], 0)
+
+    def test_other_tiles_and_more_stages_than_key_tiles(self) -> None:
+        spans = star([(70, [80, 7])], 170)[60:160]
+        q, k, v = inputs(100, (1, 1, 64), 170)
+        layout = make_grid(spans, 170, lambda rows: 64, lambda keys: 64)
+        body = partial(mosaic.attention, tiles=(64, 64), stages=4, interpret=True)
+        assert_close(run(q, k, v, layout, body), reference(q, k, v, spans, SCALE))
 
     def test_float32_by_the_kernel_for_triton(self) -> None:
         for name in ("star, GQA, full tiles", "score rows"):
