@@ -46,13 +46,13 @@ def make_grid(
     rows = len(spans)
     height, width = tile_size(rows), (key_tile_size or tile_size)(keys)
     down, across = -(-rows // height), -(-keys // width)
-    tile_of_row = np.arange(rows) // height * (across + 1)
+    first_pair = np.repeat(np.arange(down) * (across + 1), height)[:rows]
     edges = np.zeros(down * (across + 1), np.int64)
     columns = np.ascontiguousarray(spans.T)
     for lo, hi in (columns[:2], columns[2:]):
-        [seen] = np.nonzero(hi > lo)
-        edges += np.bincount(tile_of_row[seen] + lo[seen] // width, minlength=len(edges))
-        edges -= np.bincount(tile_of_row[seen] + (hi[seen] - 1) // width + 1, minlength=len(edges))
+        seen = hi > lo
+        edges += np.bincount((first_pair + lo // width)[seen], minlength=len(edges))
+        edges -= np.bincount((first_pair + (hi - 1) // width + 1)[seen], minlength=len(edges))
     hit = np.cumsum(edges.reshape(down, across + 1), 1)[:, :across] > 0
     hit[~hit.any(1), 0] = True
     query_tiles, key_tiles = np.nonzero(hit)

@@ -7,7 +7,7 @@ other dtypes, float32 among them, and heads wider than 128.
 The interpreted one runs in JAX's interpreter for GPUs, which plays warpgroups as threads, with barriers, shared memory
 and the TMA's copies, and can look for races between them. It cannot see some faults that hardware would show:
 - a missing wait for wgmma, whose products are there at once;
-- a wrong swizzle or layout, which mean nothing to it (the compiler checks layouts, and neither is written by hand);
+- a wrong swizzle or layout, which mean nothing to it (the compiler checks layouts);
 - the adding up of wgmma in registers, and its left operand there: it gets a sum of its own and shared memory instead;
 - how many registers there are, and the time anything takes.
 """
