@@ -6,6 +6,7 @@ xla.py      tiled, for CPU; dense, the oracle, for any backend
 grid.py     spans -> (query tile, key tile) pairs, for Pallas
 tpu.py      Pallas for TPU
 triton.py   Pallas for NVIDIA GPUs, through Triton
+mosaic.py   Pallas for NVIDIA's Hopper, through Mosaic GPU; mosaic_kernel.py holds the kernel
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxrank.kernels import rotary, tiles, tpu, triton, xla
+from jaxrank.kernels import mosaic, rotary, tiles, tpu, triton, xla
 from jaxrank.kernels.grid import make_grid
 from jaxrank.kernels.rotary import Rotary
 from jaxrank.kernels.tiles import LONG_ROW
@@ -48,6 +49,7 @@ class Implementation(NamedTuple):
 
 _TPU_GRID = partial(make_grid, tile_size=tpu.tile_size)
 _TRITON_GRID = partial(make_grid, tile_size=triton.tile_size, key_tile_size=triton.key_tile_size)
+_MOSAIC_GRID = partial(make_grid, tile_size=mosaic.tile_size, key_tile_size=mosaic.key_tile_size)
 
 IMPLEMENTATIONS = {
     "tiled": Implementation(xla.tiled, tiles.make_layout),
@@ -62,7 +64,12 @@ IMPLEMENTATIONS = {
     "triton": Implementation(triton.attention, _TRITON_GRID, rotary.gpu, platform="gpu"),
     "triton-interpreted": Implementation(partial(triton.attention, interpret=True), _TRITON_GRID, rotary.gpu),
 }
-"""By name; the interpreted ones run anywhere, slowly, and are for tests."""
+if mosaic.AVAILABLE:
+    IMPLEMENTATIONS |= {
+        "mosaic": Implementation(mosaic.attention, _MOSAIC_GRID, rotary.gpu, platform="gpu"),
+        "mosaic-interpreted": Implementation(partial(mosaic.attention, interpret=True), _MOSAIC_GRID, rotary.gpu),
+    }
+"""By name; the interpreted ones run anywhere, slowly, and are for tests. Mosaic's are there from jax 0.11.2 on."""
 
 
 def pick(implementation: str | None) -> Implementation:

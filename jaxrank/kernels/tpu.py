@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from jaxrank.kernels.grid import FIRST, LAST
+from jaxrank.kernels.grid import FIRST, LAST, key_tile, query_tile
 from jaxrank.types import Columns, Layout
 
 TILES = (256, 128)
@@ -57,11 +57,11 @@ def attention(
         _in_columns(x, tile) for x, tile in ((q, height), (k, width), (v, width))
     )
     wide, narrow = heads * size, kv_heads * size
-    query_block = pl.BlockSpec((height, wide), lambda i, items: (lax.shift_right_logical(items[i], 16), query_at))
-    out_block = pl.BlockSpec((height, wide), lambda i, items: (lax.shift_right_logical(items[i], 16), 0))
-    spans_block = pl.BlockSpec((height, 4), lambda i, items: (lax.shift_right_logical(items[i], 16), 0))
+    query_block = pl.BlockSpec((height, wide), lambda i, items: (query_tile(items[i]), query_at))
+    out_block = pl.BlockSpec((height, wide), lambda i, items: (query_tile(items[i]), 0))
+    spans_block = pl.BlockSpec((height, 4), lambda i, items: (query_tile(items[i]), 0))
     key_block, value_block = (
-        pl.BlockSpec((width, narrow), lambda i, items, at=at: (_key_tile(items[i]), at)) for at in (key_at, value_at)
+        pl.BlockSpec((width, narrow), lambda i, items, at=at: (key_tile(items[i]), at)) for at in (key_at, value_at)
     )
     out = pl.pallas_call(
         functools.partial(_kernel, size=size, kv_heads=kv_heads, scale=scale),
@@ -95,10 +95,6 @@ def _in_columns(x: Array | Columns, tile: int) -> tuple[Float[Array, "T C"], int
     return _pad_rows(_alone(x).reshape(x.shape[0], -1), tile), 0
 
 
-def _key_tile(item: Array) -> Array:
-    return lax.shift_right_logical(item, 2) & 0x3FFF
-
-
 def _pad_rows(x: Array, tile: int) -> Array:
     """Zeros behind the last row, up to whole tiles: a block that reaches beyond an array would hold anything."""
     return jnp.pad(x, ((0, -len(x) % tile), (0, 0)))
@@ -109,7 +105,7 @@ def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, kv_h
     sums, [B, N * H], what it has drawn so far."""
     item = items[pl.program_id(0)]
     width = k.shape[0]
-    keys = _key_tile(item) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    keys = key_tile(item) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
     a0, a1, b0, b1 = (spans[:, i : i + 1] for i in range(4))
     allowed = ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
     block = max(size, LANES)
