@@ -130,6 +130,16 @@ class Ranked:
     window: tuple[int, int] | None = None
 
 
+class AttentionShape(NamedTuple):
+    """A model's attention: query heads N, key/value heads K, head size H, and whether queries and keys go through
+    kernels.norm_rotary."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    norm_rotary: bool = False
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Columns:

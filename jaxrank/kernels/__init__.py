@@ -11,7 +11,8 @@ mosaic.py   Pallas for NVIDIA's Hopper, through Mosaic GPU; mosaic_kernel.py hol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ from jaxrank.kernels.tiles import LONG_ROW
 from jaxrank.types import Columns, Layout
 
 __all__ = [
-    "IMPLEMENTATIONS", "LONG_ROW", "attention", "heads_of", "is_for_cpu", "is_for_tpu", "make_layout", "norm_rotary",
-    "operand_dtype",
+    "IMPLEMENTATIONS", "LONG_ROW", "attention", "default_line", "heads_of", "is_for_cpu", "is_for_tpu", "line",
+    "make_layout", "norm_rotary", "operand_dtype",
 ]  # fmt: skip
 
 
@@ -72,12 +73,31 @@ if mosaic.AVAILABLE:
 """By name; the interpreted ones run anywhere, slowly, and are for tests. Mosaic's are there from jax 0.11.2 on."""
 
 
-def pick(implementation: str | None) -> Implementation:
-    """The one of that name, or for None the default device's: Pallas on TPU, XLA elsewhere.
+def line(platform: str, capability: str, dtype: DTypeLike, names: Collection[str]) -> tuple[str, ...]:
+    """The attention bodies for a kind of device, the fastest first; the last is "tiled", which runs everywhere.
 
-    On NVIDIA GPUs, too, until "triton" has been measured on one.
+    platform: "cpu", "gpu" or "tpu". capability: the compute capability of an NVIDIA GPU, such as "9.0"; those of other
+    makers have none, or a name. dtype: of q, k and v. names: the implementations that there are; others are left out.
     """
-    name = implementation or {"tpu": "tpu"}.get(jax.default_backend(), "tiled")
+    found = re.fullmatch(r"(\d+)\.(\d+)", capability) if platform == "gpu" else None
+    compute = (int(found[1]), int(found[2])) if found else (0, 0)
+    fast = ["tpu"] if platform == "tpu" else []
+    if compute == (9, 0) and jnp.dtype(dtype) == jnp.bfloat16:  # Hopper's own instructions, in bfloat16 alone
+        fast.append("mosaic")
+    if compute >= (8, 0):
+        fast.append("triton")
+    return (*(name for name in fast if name in names), "tiled")
+
+
+def default_line(dtype: DTypeLike) -> tuple[str, ...]:
+    """The line for the default device; dtype: of q, k and v."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    return line(jax.default_backend(), str(capability), dtype, IMPLEMENTATIONS)
+
+
+def pick(implementation: str | None) -> Implementation:
+    """The one of that name, or for None the first in the default device's line that takes every dtype."""
+    name = implementation or default_line(jnp.float32)[0]
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention: implementation {name!r} is unknown; one of {sorted(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name]
@@ -101,14 +121,15 @@ def attention(
 
     The result has q's dtype; products, softmax and sums are float32. Rows whose spans are empty give 0.
     N must be a multiple of K (grouped-query attention): query head n looks at key head n mod K. `implementation` names
-    one of IMPLEMENTATIONS, None is the default device's; `layout` must have been made for the same.
+    one of IMPLEMENTATIONS, None is as in `pick`; `layout` must have been made for the same.
     """
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention: got q {q.shape}, k {k.shape}, v {v.shape}; want [R, N, H], [T, K, H], [T, K, H], N % K == 0"
         )
     chosen = pick(implementation)
-    if (layout.tiles.ndim == 1) != (chosen.make_layout is not tiles.make_layout):
+    alike = chosen.make_layout(np.zeros((len(q), 4), np.int32), len(k))
+    if (layout.tiles.shape, layout.starts.shape) != (alike.tiles.shape, alike.starts.shape):
         raise ValueError("attention: the layout was made for another implementation; see make_layout")
     return chosen.body(*(_as_taken(x, chosen) for x in (q, k, v)), layout, scale=scale)
 

@@ -64,7 +64,8 @@ class _Shared(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """width: keys of a tile. stages: places in the ring. kv_heads: of which query head n has the one n mod kv_heads. scale: with log2(e)."""
+    """width: keys of a tile. stages: places in the ring. kv_heads: query head n looks at n mod kv_heads. scale: with
+    log2(e)."""
 
     width: int
     stages: int

@@ -35,7 +35,7 @@ from jaxrank.models.layers import (
     weight,
 )
 from jaxrank.sharding import sum_over_shards
-from jaxrank.types import ArrayLike, Config, Layout, Packed
+from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, Packed
 
 PUBLISHED_LENGTH = 8192
 """The publisher's own longest prompt, in tokens. The models' position limit is far above."""
@@ -58,6 +58,10 @@ class Qwen3Config:
     @property
     def default_length(self) -> int:
         return min(PUBLISHED_LENGTH, self.max_length)
+
+    @property
+    def attention(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.kv_heads, self.head_size, norm_rotary=True)
 
     @classmethod
     def read(cls, config: Config) -> Qwen3Config:

@@ -37,7 +37,7 @@ from jaxrank.models.layers import (
     table_rows,
     weight,
 )
-from jaxrank.types import ArrayLike, Config, Layout, PatchRow
+from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, PatchRow
 
 EPS = 1e-6
 """Of every norm of the tower; config.json does not say it."""
@@ -64,6 +64,10 @@ class VisionConfig:
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @property
+    def attention(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.heads, self.head_size)
 
     @property
     def values(self) -> int:

@@ -31,7 +31,7 @@ from jaxrank.models.layers import (
     table_rows,
     weight,
 )
-from jaxrank.types import ArrayLike, Config, Layout, Packed
+from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, Packed
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class XLMRobertaConfig:
     @property
     def default_length(self) -> int:
         return self.max_length
+
+    @property
+    def attention(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.heads, self.width // self.heads)
 
     @classmethod
     def read(cls, config: Config) -> XLMRobertaConfig:

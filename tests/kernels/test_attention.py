@@ -286,7 +286,7 @@ class TestChecks:
 
     def test_layouts_of_another_implementation(self):
         q, k, v = inputs(KEYS, (2, 2, 64), "float32")
-        for name, other in (("tiled", "tpu"), ("triton-interpreted", "dense")):
+        for name, other in (("tiled", "tpu"), ("triton", "dense"), ("triton", "tpu"), ("tpu", "triton")):
             layout = make_layout(SPANS["mixed"], KEYS, other)
             with pytest.raises(ValueError, match="made for another implementation"):
                 attention(q, k, v, layout, scale=1.0, implementation=name)
