@@ -212,6 +212,6 @@ def side_by_side(parts: Sequence[Array], dtype: DTypeLike, implementation: str) 
     together = jnp.concatenate([part.astype(dtype).reshape(len(part), -1) for part in parts], 1)
     found, first = [], 0
     for part in parts:
-        found.append(heads_of(together, first, *part.shape[1:], implementation))
+        found.append(heads_of(together, first, part.shape[1], part.shape[2], implementation))
         first += part.shape[1]
     return found
