@@ -212,7 +212,7 @@ def create_app(
         max_queue_s=max_queue_s,
         batch_rows=batch_rows,
         inline_bytes=inline_bytes,
-        encode_threads=encode_threads or encode_threads_for(usable_cores()),
+        encode_threads=encode_threads_for(usable_cores()) if encode_threads is None else encode_threads,
         fail_after=fail_after,
         probe_s=probe_s,
         media=media or MediaAccess(),

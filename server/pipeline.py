@@ -36,7 +36,7 @@ class Run:
     is through. disturbed: another batch failed meanwhile, so its time says nothing.
     """
 
-    __slots__ = ("calls", "disturbed", "failed", "logits", "lost", "pairs", "scored", "sees", "under_way")
+    __slots__ = ("calls", "disturbed", "failed", "logits", "lost", "over", "pairs", "scored", "sees", "under_way")
 
     def __init__(self, pairs: Sequence[Encoded]) -> None:
         self.pairs = pairs
@@ -45,6 +45,7 @@ class Run:
         self.sees = any(pair.media is not None or pair.prefix_media is not None for pair in pairs)
         self.calls: Iterator[Call] | None = None  # not begun
         self.under_way = 0  # calls handed over and not fetched
+        self.over = False  # it has no more calls
         self.scored = 0
         self.failed = False
         self.disturbed = False
@@ -52,7 +53,7 @@ class Run:
     @property
     def through(self) -> bool:
         """Whether nothing is left to do but to try halves of it, where it failed."""
-        return not self.under_way and (self.failed or self.scored == len(self.pairs))
+        return not self.under_way and (self.failed or self.over or self.scored == len(self.pairs))
 
     def take(self, scored: Scored) -> None:
         """Note the logits of some pairs. Raises RuntimeError where they are not one a pair."""
@@ -68,6 +69,12 @@ class Run:
             log.exception("scoring %d pairs failed", len(self.pairs))
         self.failed = True
         self.calls = iter(())
+
+    def close(self) -> None:
+        """Note whether pairs are missing, now that it is through."""
+        if not self.failed and self.scored < len(self.pairs):
+            log.error("%d of %d pairs were scored", self.scored, len(self.pairs))
+            self.failed = True
 
 
 class Pipeline:
@@ -103,6 +110,7 @@ class Pipeline:
         run = self._runs[0]
         if not run.through:
             return None
+        run.close()
         if run.failed:
             while self._under_way:
                 self._fetch()
@@ -117,6 +125,7 @@ class Pipeline:
         while not run.through and self._hand_over(run):
             while self._under_way:
                 self._fetch()
+        run.close()
         return run
 
     def _has_room(self) -> bool:
@@ -128,6 +137,7 @@ class Pipeline:
             if run.calls is None:
                 run.calls = self._calls(run.pairs)
             if (call := next(run.calls, None)) is None:
+                run.over = True
                 return False
             self._under_way.append((run, call.tokens, call.run()))
             run.under_way += 1
