@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from jaxrank import checkpoint, convert
 from jaxrank.attention import Choice, use_implementation
+from jaxrank.calls import Call
 from jaxrank.contents import Contents
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.media import Preprocessing
@@ -314,6 +315,16 @@ class Reranker:
                 logits[indices] = values
                 bar.update(len(indices))
         return logits
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that may wait on the device behind the row that runs; 0 is one row at a time."""
+        return self.scorer.ahead
+
+    def calls(self, encoded: Sequence[Encoded]) -> Iterator[Call]:
+        """The calls of the device that score encoded pairs, to be run in this order, for who has something to do while
+        they run. What the vision tower makes of images and videos is waited for at once."""
+        return self.scorer.calls(encoded, self._features(encoded))
 
     def _features(self, encoded: Sequence[Encoded]) -> Features | None:
         """What the tower makes of the pairs' images and videos, each looked at once; None for a model of text."""

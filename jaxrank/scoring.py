@@ -8,7 +8,7 @@ import stat
 import sys
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
 from jaxrank.attention import settle
+from jaxrank.calls import Call, Fetch, Scored, has_room
 from jaxrank.errors import ModelError, RequestError
 from jaxrank.kernels import is_for_tpu
 from jaxrank.models.layers import stack_layers
@@ -320,12 +321,25 @@ class Scorer:
             self.programs[tokens, media] = self.compile(self._pack([], tokens, self.features if media else None))
         return self.programs[tokens, media]
 
-    def rows(
-        self, pairs: Sequence[Encoded], features: Features | None = None
-    ) -> Iterator[tuple[list[int], Float32[np.ndarray, " n"]]]:
+    @property
+    def ahead(self) -> int:
+        """Tokens that may wait on the device behind the row that runs, see calls.has_room; 0 is one row at a time."""
+        return (self.in_flight - 1) * self.row_tokens
+
+    def rows(self, pairs: Sequence[Encoded], features: Features | None = None) -> Iterator[Scored]:
         """(indices into `pairs`, their logits) row by row, in the order in which rows are computed. features: of the
         pairs' images and videos, if there are any."""
-        waiting: list[tuple[list[list[int]], Any]] = []
+        under_way: deque[tuple[int, Fetch]] = deque()
+        for call in self.calls(pairs, features):
+            while not has_room([tokens for tokens, _ in under_way], self.ahead):
+                yield from under_way.popleft()[1]()
+            under_way.append((call.tokens, call.run()))
+        for _, fetch in under_way:
+            yield from fetch()
+
+    def calls(self, pairs: Sequence[Encoded], features: Features | None = None) -> Iterator[Call]:
+        """The calls of the device that score `pairs`, each planned and packed when it is asked for, to be run in this
+        order. features: as in `rows`."""
         for first in range(0, len(pairs), WINDOW):
             window = pairs[first : first + WINDOW]
             for rows, tokens, media in self._batches(window):
@@ -334,12 +348,11 @@ class Scorer:
                     self.work = self.work.plus(tokens, row_size(chosen), sum(map(len, chosen)))
                 packed = [self._pack([window[i] for i in row], tokens, features if media else None) for row in rows]
                 packed += [self._pack([], tokens, self.features if media else None)] * (self.copies - len(rows))
-                if len(waiting) == self.in_flight:
-                    yield from _fetch(*waiting.pop(0))
-                logits = self._program(tokens, media)(packed)
-                waiting.append(([[first + i for i in row] for row in rows], logits))
-        for item in waiting:
-            yield from _fetch(*item)
+                indices = [[first + i for i in row] for row in rows]
+                yield Call(tokens, partial(self._run, packed, indices, tokens, media))
+
+    def _run(self, packed: Sequence[Packed], indices: list[list[int]], tokens: int, media: bool) -> Fetch:
+        return partial(_fetch, indices, self._program(tokens, media)(packed))
 
     def _batches(self, pairs: Sequence[Encoded]) -> list[tuple[list[list[int]], int, bool]]:
         """The rows for `pairs` that run side by side, of one length, with it and whether they have media; indices."""
@@ -370,9 +383,9 @@ class Scorer:
         return logits
 
 
-def _fetch(rows: list[list[int]], logits: Any) -> Iterator[tuple[list[int], Float32[np.ndarray, " n"]]]:
-    for indices, values in zip(rows, fetched(logits), strict=False):  # rows may be fewer than copies
-        yield indices, values[: len(indices)]
+def _fetch(rows: list[list[int]], logits: Any) -> list[Scored]:
+    # rows may be fewer than copies
+    return [(row, values[: len(row)]) for row, values in zip(rows, fetched(logits), strict=False)]
 
 
 def _return_freed_memory() -> None:

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
-import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware import Middleware
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from jaxrank.attention import Choice
+from jaxrank.calls import Call
 from jaxrank.decoding import Decoder
 from jaxrank.errors import RequestError
 from jaxrank.media import Limits, Preprocessing
@@ -90,6 +91,8 @@ class Scorer(Protocol):
     @property
     def stages(self) -> Stages: ...
     @property
+    def ahead(self) -> int: ...
+    @property
     def work(self) -> Work: ...
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None: ...
     def encode(
@@ -103,7 +106,7 @@ class Scorer(Protocol):
         long_document: str = "truncate",
         max_windows: int | None = None,
     ) -> list[Encoded]: ...
-    def score_encoded(self, encoded: Sequence[Encoded]) -> np.ndarray: ...
+    def calls(self, encoded: Sequence[Encoded]) -> Iterator[Call]: ...
     def render(self, pair: Encoded) -> str: ...
     def tokens_of(self, text: str) -> list[Token]: ...
 
@@ -159,7 +162,7 @@ def create_app(
     fail_after: int = 3,
     probe_s: float = 5.0,
     inline_bytes: int = 1024,
-    encode_threads: int = 2,
+    encode_threads: int | None = None,
     media: MediaAccess | None = None,
     limits: Limits | None = None,
     media_workers: int = 2,
@@ -181,13 +184,14 @@ def create_app(
     model's images and videos may come from, and what of them is refused; media_workers: processes that decode them.
     max_queue_tokens, max_queue_requests, max_queue_bytes: with that much waiting, requests are answered 429 or 503, by
     dialect; bytes are those of the requests' bodies. max_queue_s: the same where what waits takes that many seconds at
-    the speed of the last batches. batch_rows: usual rows in one call of the device: more overlap the
-    host's work with the device's and pack tighter, fewer let a newcomer wait less. body_timeout_s: most seconds for a
-    body to arrive. request_timeout_s: from there to the answer; what is not scored then is answered 504. fail_after:
-    batches that fail in a row until the server says that it is not ready; probe_s: seconds between tries of its own
-    then. inline_bytes: bodies up to this size are tokenised on the event loop, where a trip to a thread would cost
-    more. access_log: one line a request to the logger jaxrank.access. otlp_endpoint: see tracing.Tracing. on_ready,
-    on_failure: told, on another thread, that the warm-up is over; that it failed or scoring stopped for good.
+    the speed of the last batches. batch_rows: usual rows that are chosen together: more pack tighter, fewer let a
+    newcomer wait less. body_timeout_s: most seconds for a body to arrive. request_timeout_s: from there to the answer;
+    what is not scored then is answered 504. fail_after: batches that fail in a row until the server says that it is not
+    ready; probe_s: seconds between tries of its own then. inline_bytes: bodies up to this size are tokenised on the
+    event loop, where a trip to a thread would cost more. encode_threads: tokenise the others, by default as
+    encode_threads_for says. access_log: one line a request to the logger jaxrank.access. otlp_endpoint: see
+    tracing.Tracing. on_ready, on_failure: told, on another thread, that the warm-up is over; that it failed or scoring
+    stopped for good.
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise RequestError(f"dialect {dialect!r} is unknown; one of auto, {', '.join(DIALECTS)}")
@@ -211,7 +215,7 @@ def create_app(
         max_queue_s=max_queue_s,
         batch_rows=batch_rows,
         inline_bytes=inline_bytes,
-        encode_threads=encode_threads,
+        encode_threads=encode_threads_for(usable_cores()) if encode_threads is None else encode_threads,
         fail_after=fail_after,
         probe_s=probe_s,
         media=media or MediaAccess(),
@@ -249,6 +253,17 @@ def create_app(
     return app
 
 
+def usable_cores() -> int:
+    """Those that this process may run on, which in a container can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_threads_for(cores: int) -> int:
+    """Threads that tokenise. Two at least, so that no long request holds up all others. One core is left to the event
+    loop and the device's thread. Eight at most: what a request does beside tokenising holds Python's lock."""
+    return min(8, max(2, cores - 1))
+
+
 class Service:
     """What the routes share while the application runs: the model, the queue, the tokenising threads."""
 
@@ -266,7 +281,8 @@ class Service:
         settings = self.settings
         self.threads = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="jaxrank-encode")
         self.scheduler = Scheduler(
-            self.reranker.score_encoded,
+            self.reranker.calls,
+            ahead=self.reranker.ahead,
             batch_tokens=settings.batch_rows * self.reranker.row_tokens,
             max_tokens=settings.max_queue_tokens,
             max_requests=settings.max_queue_requests,

@@ -6,12 +6,15 @@ request's own tokens; the earliest deadline goes first. So requests of one size 
 one document overtakes one of a thousand that came before it, and the large one cannot starve: newcomers overtake it
 only until the device has been given as many tokens as it has itself.
 
-Batches. The thread chooses its next batch the moment it is free, so that the batch holds all who came meanwhile. It
-takes, in order of deadline, the longest pair that still fits, until nothing does: rows come out full to a few tokens.
+Batches. The thread chooses its next batch when the last full row of the one before begins, so that the batch holds all
+who came until then and the device goes on without a gap (see pipeline); where rows run one at a time, as on CPU, when
+the one before is through. It takes, in order of deadline, the longest pair that still fits, until nothing does: rows
+come out full to a few tokens.
 
 Failures. A batch that fails is halved once and each half is tried; the requests of a half that fails again are failed.
-After several batches in a row of which nothing could be scored the scheduler is `failing`. It goes on with what comes,
-and tries a probe of its own where nothing does, so that it notices when the device is well again.
+A batch that is under way beside it goes on. After several batches in a row of which nothing could be scored the
+scheduler is `failing`. It goes on with what comes, and tries a probe of its own where nothing does, so that it notices
+when the device is well again.
 """
 
 from __future__ import annotations
@@ -23,18 +26,19 @@ import math
 import threading
 import time
 from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxrank.server.errors import Closing, Overloaded, ScoringFailed
+from jaxrank.server.pipeline import Calls, Pipeline, Run
 from jaxrank.types import Encoded
 
 log = logging.getLogger(__name__)
 
 Logits = np.ndarray
-Score = Callable[[Sequence[Encoded]], Logits]
 
 Stage = Callable[[str, float, float], None]
 """Told of a stage that is over: its name, begin and end by time.perf_counter()."""
@@ -42,7 +46,8 @@ Stage = Callable[[str, float, float], None]
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """One call of the device, or several where it had to be halved. fill: its tokens by the most that one takes."""
+    """A batch that is through. fill: its tokens by the most that one takes. seconds: since it was chosen, or since the
+    one before was through, where that ran still."""
 
     pairs: int
     tokens: int
@@ -85,15 +90,21 @@ class Job:
         return (self.waiting.pop(at), self.lengths.pop(at)) if at >= 0 else None
 
 
-Batch = list[tuple[Job, int]]
-"""(request, index of its pair) in the order in which they are scored."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What is scored together. pairs: (request, index of its pair), in their order. given: tokens that the device
+    computes for it. chosen: when, by time.perf_counter()."""
+
+    pairs: list[tuple[Job, int]]
+    given: int
+    chosen: float
 
 
 class Scheduler:
     """Scores the pairs of all requests on one thread. All methods are for the event loop's thread.
 
-    score: scores any number of pairs, called from the device thread only. batch_tokens: most tokens in one call of it
-    (a longer single pair goes alone). max_tokens, max_requests: no request is admitted while the queue holds that many.
+    calls, ahead: of a Reranker; the device thread alone uses them. batch_tokens: most tokens of a batch (a longer
+    single pair goes alone). max_tokens, max_requests: no request is admitted while the queue holds that many.
     max_wait_s: nor while the queue's tokens would take that long at the measured speed.
     prepare: run on the device thread before anything is scored. on_failure: told when prepare failed or the thread
     died; nothing will be scored any more. on_batch: told of every batch, on the device thread. fail_after: batches in a
@@ -102,8 +113,9 @@ class Scheduler:
 
     def __init__(
         self,
-        score: Score,
+        calls: Calls,
         *,
+        ahead: int = 0,
         batch_tokens: int,
         max_tokens: int,
         max_requests: int,
@@ -115,7 +127,7 @@ class Scheduler:
         probe: Callable[[], Sequence[Encoded]] = lambda: (),
         probe_s: float = 5.0,
     ) -> None:
-        self._score = score
+        self._pipeline = Pipeline(calls, ahead)
         self._on_batch = on_batch
         self._fail_after = fail_after
         self._probe = probe
@@ -139,11 +151,11 @@ class Scheduler:
         self._change = threading.Condition()
         self._jobs: list[Job] = []  # with waiting pairs, by deadline
         self._clock = 0  # tokens ever given to the device
-        self._given = 0  # tokens of the last batch
         self._stop = False
         self.tokens = 0  # submitted and not scored
         self._rate = 0.0  # tokens a second, smoothed
         self._busy_since = 0.0  # since when the device thread works on the batch, or on what the last one left to do
+        self._batches: deque[Batch] = deque()  # under way, oldest first; the device thread's own
 
     def start(self) -> None:
         """Start the device thread. Raises RuntimeError outside an event loop, or on a second call."""
@@ -255,72 +267,82 @@ class Scheduler:
 
     def _main(self) -> None:
         """Prepare, then score until told to stop. Whatever gets here ends the scheduler, not the process."""
-        batch: Batch = []
         try:
             self._prepare()
             self._busy_since = time.perf_counter()
             self.ready = True
-            while not self._ended():
-                if batch := self._next_batch():
-                    self._run(batch)
-                elif self.failing:
-                    self._note_success(self._probed())
+            while self._batches or not self._ended():
+                self._advance()
         except BaseException as error:
             with self._change:
                 self.failed, self.ready = True, False
-                jobs = self._jobs + [job for job, _ in batch]
+                jobs = self._jobs + [job for batch in self._batches for job, _ in batch.pairs]
             if not self._closing:  # a warm-up that was told to stop is no failure
                 self._on_failure(error)
             failure = ScoringFailed("Scoring has stopped for good. The server has to be restarted.")
             self._answer([(job, failure) for job in jobs])
+
+    def _advance(self) -> None:
+        """Begin a batch where there is room for one, or wait for the device."""
+        if self._pipeline.fill():
+            if batch := self._next_batch():
+                self._batches.append(batch)
+                self._pipeline.begin([job.encoded[index] for job, index in batch.pairs])
+                return
+            if not self._batches:
+                if self.failing:
+                    self._note_success(self._probed())
+                return
+        if run := self._pipeline.next_through():
+            self._finish(self._batches[0], run)
+            self._batches.popleft()
 
     def _ended(self) -> bool:
         """Whether nothing is left and nothing will come."""
         with self._change:
             return self._stop and not self._jobs
 
-    def _next_batch(self) -> Batch:
-        """The next batch, waiting for one; empty when told to stop and nothing is left, or when it is time to probe."""
+    def _next_batch(self) -> Batch | None:
+        """The next batch, waiting for one while none is under way; None when told to stop and nothing is left, or when
+        it is time to probe."""
         with self._change:
-            while not self._jobs and not self._stop:
+            while not self._jobs and not self._stop and not self._batches:
                 woken = self._change.wait(self._probe_s if self.failing else None)
                 self._busy_since = time.perf_counter()
                 if not woken:
-                    return []
+                    return None
             now = time.perf_counter()
-            batch: Batch = []
+            pairs: list[tuple[Job, int]] = []
             room = self._batch_tokens
             for job in self._jobs:
                 prefix = job.prefix
                 # Only the first pair of a batch may be longer than the batch: it goes alone.
-                while taken := job.take(room - prefix if batch else max(room - prefix, job.lengths[-1])):
+                while taken := job.take(room - prefix if pairs else max(room - prefix, job.lengths[-1])):
                     job.begun = job.begun or now
-                    batch.append((job, taken[0]))
+                    pairs.append((job, taken[0]))
                     room -= prefix + taken[1]
                     prefix = 0
                 if room <= 0:
                     break
             self._jobs = [job for job in self._jobs if job.waiting]
-            self._given = self._batch_tokens - room
-            self._clock += self._given
-            return batch
+            given = self._batch_tokens - room
+            self._clock += given
+            return Batch(pairs, given, now) if pairs else None
 
-    def _run(self, batch: Batch) -> None:
-        """Score one batch and answer the requests that it completes, or fails."""
-        pairs = [job.encoded[index] for job, index in batch]
-        started = time.perf_counter()
-        logits, failed = self._score_or_halve(pairs)
+    def _finish(self, batch: Batch, run: Run) -> None:
+        """Answer the requests that a batch completes, or fails."""
         ended = time.perf_counter()
-        seconds = max(ended - started, 1e-6)
+        seconds = max(ended - max(batch.chosen, self._busy_since), 1e-6)
         busy_s, self._busy_since = max(ended - self._busy_since, 1e-6), ended
-        tokens = sum(len(pair.tokens) for pair in pairs)
+        tokens = sum(len(pair.tokens) for pair in run.pairs)
+        failed = run.lost.tolist()
         self._note_success(not all(failed))
         answers: list[tuple[Job, Logits | ScoringFailed]] = []
         with self._change:
             self.tokens -= tokens
-            if not any(failed):
+            if not any(failed) and not run.disturbed:
                 self._rate = smoothed(self._rate, tokens / busy_s)
-            for (job, index), logit, lost in zip(batch, logits.tolist(), failed, strict=True):
+            for (job, index), logit, lost in zip(batch.pairs, run.logits.tolist(), failed, strict=True):
                 job.logits[index] = logit
                 job.unscored -= 1
                 if lost and not job.dropped:
@@ -329,38 +351,12 @@ class Scheduler:
                 elif not job.unscored and not job.dropped:
                     answers.append((job, _checked(job.logits)))
         self._answer(answers)
-        self._on_batch(BatchReport(len(pairs), tokens, self._given / self._batch_tokens, seconds, sum(failed)))
-
-    def _score_or_halve(self, pairs: Sequence[Encoded]) -> tuple[Logits, list[bool]]:
-        """The logits, and which pairs have none because they failed twice. A single pair is not tried again."""
-        logits = np.full(len(pairs), np.nan, np.float32)
-        if self._scored(pairs, logits):
-            return logits, [False] * len(pairs)
-        ends = np.cumsum([len(pair) for pair in pairs])
-        middle = int(np.searchsorted(ends, ends[-1] / 2)) + 1 if len(pairs) > 1 else 0
-        middle = min(middle, len(pairs) - 1)
-        failed: list[bool] = []
-        for half in (slice(0, middle), slice(middle, len(pairs))):
-            size = len(pairs[half])
-            failed += [not (0 < size < len(pairs) and self._scored(pairs[half], logits[half]))] * size
-        return logits, failed
-
-    def _scored(self, pairs: Sequence[Encoded], into: Logits) -> bool:
-        """Whether the pairs could be scored; their logits are in `into` then."""
-        try:
-            logits = np.asarray(self._score(pairs), np.float32)
-            if logits.shape != (len(pairs),):
-                raise RuntimeError(f"{len(pairs)} pairs were scored as an array of shape {logits.shape}")
-        except Exception:
-            log.exception("scoring %d pairs failed", len(pairs))
-            return False
-        into[:] = logits
-        return True
+        self._on_batch(BatchReport(len(failed), tokens, batch.given / self._batch_tokens, seconds, sum(failed)))
 
     def _probed(self) -> bool:
         """Whether the device can score what is tried while it is failing."""
         pairs = self._probe()
-        return bool(pairs) and self._scored(pairs, np.empty(len(pairs), np.float32))
+        return bool(pairs) and not self._pipeline.score(pairs).failed
 
     def _note_success(self, success: bool) -> None:
         """Count failures in a row, and log when they begin to matter and when they end."""

@@ -10,7 +10,7 @@ import jaxrank
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    ["types", "errors", "version", "stages", "shards"],
+    ["types", "errors", "version", "stages", "shards", "calls"],
     ["kernels", "prompts", "sharding", "media", "windows"],
     ["models", "tokens", "video", "patch_rows"],
     ["packing", "patches", "decoding_child"],

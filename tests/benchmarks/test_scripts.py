@@ -61,3 +61,13 @@ def test_whole_models_as_on_a_gpu() -> None:
     scored = [row for row in rows if row["part"] == "scoring"]
     assert len(scored) == 2
     assert all(set(row["seconds"]) >= {"jaxrank", "pytorch"} for row in scored)
+
+
+def test_the_device_is_busy_while_the_next_batch_is_packed() -> None:
+    """Rows of 80 ms, so that a machine with much else to do packs in time too."""
+    rows = run("overlap.py", "--loads", "paragraphs", "--row-ms", "80", "--seconds", "4")["rows"]
+    found = {row["way"]: row for row in rows}
+    assert found["across batches"]["busy"] >= 0.9
+    assert found["across batches"]["dry"] <= 0.1
+    assert found["within batches"]["dry"] >= 0.3, "before each batch, of two or three rows"
+    assert found["one at a time"]["dry"] == 1

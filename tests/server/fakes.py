@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 
 from jaxrank.attention import Choice
+from jaxrank.calls import Call, Fetch
 from jaxrank.errors import RequestError, TooLongError
 from jaxrank.media import Preprocessing
 from jaxrank.server import create_app
@@ -48,6 +49,7 @@ class FakeReranker:
         self.max_length = 500
         self.min_length = 4
         self.row_tokens = row_tokens
+        self.ahead = 0
         self.scores_are_logits = logits
         self.takes_instruct = not logits
         self.instructs: list[str | None] = []
@@ -122,6 +124,22 @@ class FakeReranker:
         if self.delay_s:
             time.sleep(self.delay_s)
         return np.array([_logit("".join(map(chr, pair.tokens))) for pair in encoded], np.float32)
+
+    def calls(self, encoded: Sequence[Encoded]) -> Iterator[Call]:
+        return one_call(self.score_encoded)(encoded)
+
+
+def one_call(score: Callable[[Sequence[Encoded]], np.ndarray]) -> Callable[[Sequence[Encoded]], Iterator[Call]]:
+    """What scores all pairs at once, waited for, as the calls of a reranker."""
+
+    def calls(encoded: Sequence[Encoded]) -> Iterator[Call]:
+        def run() -> Fetch:
+            logits = score(encoded)
+            return lambda: [(list(range(len(encoded))), logits)]
+
+        yield Call(sum(map(len, encoded)), run)
+
+    return calls
 
 
 def _logit(document: str) -> float:

@@ -16,7 +16,7 @@ from jaxrank.server import app
 from jaxrank.server.errors import ScoringFailed
 from jaxrank.server.scheduler import BatchReport, Scheduler
 from jaxrank.types import Encoded
-from tests.server.fakes import FakeReranker, rerank, serving, until
+from tests.server.fakes import FakeReranker, one_call, rerank, serving, until
 
 
 def body(*documents: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def together(
 
     async def main() -> list[Any]:
         scheduler = Scheduler(
-            device, batch_tokens=100, max_tokens=10**6, max_requests=100, prepare=lambda: None, **settings
+            one_call(device), batch_tokens=100, max_tokens=10**6, max_requests=100, prepare=lambda: None, **settings
         )
         device.hold.clear()
         scheduler.start()

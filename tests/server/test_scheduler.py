@@ -17,7 +17,7 @@ import pytest
 from jaxrank.server.errors import Closing, Overloaded, ScoringFailed
 from jaxrank.server.scheduler import Scheduler, smoothed
 from jaxrank.types import Encoded
-from tests.server.fakes import FakeReranker, rerank, serving, until
+from tests.server.fakes import FakeReranker, one_call, rerank, serving, until
 
 
 def body(*documents: str) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def pairs(*lengths: int) -> list[Encoded]:
 
 @contextlib.asynccontextmanager
 async def running(score: Any, batch_tokens: int = 100, max_requests: int = 100) -> AsyncIterator[Scheduler]:
-    scheduler = Scheduler(score, batch_tokens=batch_tokens, max_tokens=10**6, max_requests=max_requests)
+    scheduler = Scheduler(one_call(score), batch_tokens=batch_tokens, max_tokens=10**6, max_requests=max_requests)
     scheduler.start()
     try:
         yield scheduler
@@ -271,7 +271,9 @@ class TestScheduler:
 
         async def main() -> None:
             told: list[BaseException] = []
-            scheduler = Scheduler(score, batch_tokens=10, max_tokens=100, max_requests=9, on_failure=told.append)
+            scheduler = Scheduler(
+                one_call(score), batch_tokens=10, max_tokens=100, max_requests=9, on_failure=told.append
+            )
             scheduler.start()
             answers = await asyncio.gather(*[scheduler.submit(pairs(5, 6)) for _ in range(5)], return_exceptions=True)
             assert [type(answer) for answer in answers] == [ScoringFailed] * 5
