@@ -75,6 +75,25 @@ def model_flops(config: Any, lengths: Sequence[int], causal: bool) -> float:
     return config.layers * (2.0 * matrices * sum(lengths) + 4.0 * config.heads * size * scores)
 
 
+def scoring_flops(config: Any, requests: Sequence[tuple[int, Sequence[int]]], causal: bool) -> float:
+    """Of what scoring must compute: matrices on tokens and needed scores, the last layer's keys and values on all
+    tokens, its other matrices and scores on scored rows alone. The head is not counted.
+
+    requests: (prefix, own lengths of the documents); the prefix is computed once, every document sees it.
+    """
+    size = getattr(config, "head_size", config.width // config.heads)
+    kv_heads = getattr(config, "kv_heads", config.heads)
+    keys_values = 2 * config.width * size * kv_heads
+    others = 2 * config.width * size * config.heads + config.width * config.ffn * (3 if causal else 2)
+    share = 0.5 if causal else 1.0
+    tokens = sum(prefix + sum(own) for prefix, own in requests)
+    pairs = sum(len(own) for _, own in requests)
+    scores = sum(share * prefix**2 + sum(n * prefix + share * n * n for n in own) for prefix, own in requests)
+    scored = sum(prefix + n for prefix, own in requests for n in own)
+    matrices = (config.layers - 1) * (keys_values + others) * tokens + keys_values * tokens + others * pairs
+    return 2.0 * matrices + 4.0 * config.heads * size * ((config.layers - 1) * scores + scored)
+
+
 def tower_flops(config: Any, lengths: Sequence[int]) -> float:
     """The same of a vision tower, for images or video steps of so many patches."""
     block = config.merge**2 * config.width
