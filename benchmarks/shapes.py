@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxrank.models.qwen3 import Qwen3, Qwen3Config
@@ -57,8 +58,12 @@ VL_MODELS: dict[str, tuple[type, Any]] = {
 
 
 TOY = {
-    "bge-reranker-v2-m3": bge(64, 3, 4, 128),
-    **{name: qwen3(64, 3, 4, 128, tied=True, kv_heads=2, head_size=16) for name in MODELS if name.startswith("qwen3")},
+    name: (module, replace(config, vocab_size=1000))
+    for name, (module, config) in {
+        "bge-reranker-v2-m3": bge(64, 2, 4, 128),
+        "qwen3-reranker-0.6b": qwen3(64, 2, 4, 128, tied=True, kv_heads=2, head_size=16),
+        "qwen3-reranker-8b": qwen3(64, 2, 4, 128, tied=False, kv_heads=2, head_size=16),
+    }.items()
 }
 """The same families, small enough for a test."""
 

@@ -129,7 +129,7 @@ def bodies_for(part: Part, name: str) -> list[str]:
 def run(part: Part, name: str) -> None:
     sizes, turns = (TOY, 1) if part.smoke else (FULL, 5)
     for body in bodies_for(part, name):
-        labels = {"model": name, "body": body}
+        labels: dict[str, Any] = {"model": name, "body": body}
         with part.row(what="compile", **labels) as row:
             start = time.perf_counter()
             model = Model(name, body, sizes, part.smoke)
