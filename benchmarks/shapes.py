@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxrank.models.qwen3 import Qwen3, Qwen3Config
@@ -57,8 +58,12 @@ VL_MODELS: dict[str, tuple[type, Any]] = {
 
 
 TOY = {
-    "bge-reranker-v2-m3": bge(64, 3, 4, 128),
-    **{name: qwen3(64, 3, 4, 128, tied=True, kv_heads=2, head_size=16) for name in MODELS if name.startswith("qwen3")},
+    name: (module, replace(config, vocab_size=1000))
+    for name, (module, config) in {
+        "bge-reranker-v2-m3": bge(64, 2, 4, 128),
+        "qwen3-reranker-0.6b": qwen3(64, 2, 4, 128, tied=True, kv_heads=2, head_size=16),
+        "qwen3-reranker-8b": qwen3(64, 2, 4, 128, tied=False, kv_heads=2, head_size=16),
+    }.items()
 }
 """The same families, small enough for a test."""
 
@@ -73,6 +78,25 @@ def model_flops(config: Any, lengths: Sequence[int], causal: bool) -> float:
     )
     scores = sum(n * n for n in lengths) * (0.5 if causal else 1.0)
     return config.layers * (2.0 * matrices * sum(lengths) + 4.0 * config.heads * size * scores)
+
+
+def scoring_flops(config: Any, requests: Sequence[tuple[int, Sequence[int]]], causal: bool) -> float:
+    """Of what scoring must compute: matrices on tokens and needed scores, the last layer's keys and values on all
+    tokens, its other matrices and scores on scored rows alone. The head is not counted.
+
+    requests: (prefix, own lengths of the documents); the prefix is computed once, every document sees it.
+    """
+    size = getattr(config, "head_size", config.width // config.heads)
+    kv_heads = getattr(config, "kv_heads", config.heads)
+    keys_values = 2 * config.width * size * kv_heads
+    others = 2 * config.width * size * config.heads + config.width * config.ffn * (3 if causal else 2)
+    share = 0.5 if causal else 1.0
+    tokens = sum(prefix + sum(own) for prefix, own in requests)
+    pairs = sum(len(own) for _, own in requests)
+    scores = sum(share * prefix**2 + sum(n * prefix + share * n * n for n in own) for prefix, own in requests)
+    scored = sum(prefix + n for prefix, own in requests for n in own)
+    matrices = (config.layers - 1) * (keys_values + others) * tokens + keys_values * tokens + others * pairs
+    return 2.0 * matrices + 4.0 * config.heads * size * ((config.layers - 1) * scores + scored)
 
 
 def tower_flops(config: Any, lengths: Sequence[int]) -> float:

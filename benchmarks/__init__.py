@@ -1,0 +1,1 @@
+"""Scripts, and the modules that they share."""
