@@ -11,7 +11,8 @@ other targets too. With --output, rows of other code, of another JAX or of anoth
 
 Of each attention kernel (a model has two, the second for its last layer): registers of a thread, spills (bytes), tensor
 core instructions, whether wgmma had to stand one after another, shared memory, and with nvdisasm
-`instructions_per_tile`: of the loop over keys, brought to 128 x 128 scores.
+`instructions_per_tile`: those of the loop over keys, which each of its warps issues, brought to 128 x 128 scores. A
+branch that the assembler puts elsewhere (Mosaic's, for tiles that need a mask) does not count.
 
 Of a whole model, for a layer in the middle (the compiled loop's body; the whole program over its layers where they are
 unrolled):
@@ -32,6 +33,7 @@ cuBLAS's. --cublas shows the forms of the latter. Of a whole model this shows wh
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -188,7 +190,7 @@ def lower_model(name: str, tokens: int, implementation: str, place: NamedShardin
     module: Any
     module, config = (MODELS | VL_MODELS)[name]
     # by its backend "tiled" tells whether it is to save a CPU's memory: it must see a GPU
-    with mock.patch("jax.default_backend", lambda: "gpu"):
+    with mock.patch("jax.default_backend", return_value="gpu"):
         model = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation=implementation))
         take_tower(model)
         score, state = whole(model)
@@ -200,10 +202,9 @@ def lower_model(name: str, tokens: int, implementation: str, place: NamedShardin
 def kernel_row(case: Case, implementation: str, machine: Machine) -> dict[str, Any]:
     row = {"implementation": implementation, **case._asdict()}
     row = compile_one(row, machine, partial(lower_kernel, case, implementation))
-    if "error" not in row and implementation == "triton" and all(row["loop"]):
-        from jaxrank.kernels import triton
-
-        scores = triton.tile_size(case.rows) * triton.key_tile_size(case.keys)
+    if "error" not in row and all(row["loop"]):
+        kernel: Any = importlib.import_module(f"jaxrank.kernels.{implementation}")
+        scores = kernel.tile_size(case.rows) * kernel.key_tile_size(case.keys)
         row["instructions_per_tile"] = [round(loop * 128 * 128 / scores) for loop in row["loop"]]
     return row
 
@@ -276,12 +277,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags = f"--xla_gpu_cuda_data_dir={tools.cuda} --xla_dump_to={folder} --xla_dump_hlo_as_text"
         flags += " --xla_dump_emitter_re=ptx" + " --xla_gpu_enable_triton_gemm=false" * arguments.cublas
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        # Mosaic leaves its PTX where this says (and says that it lacks nvdisasm, which it does not need)
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"}
         plugin = load_plugin()
-        targets = dict.fromkeys(
-            [arguments.target, *([] if arguments.no_kernels else HERE.glob("*_target_config.txtpb"))]
-        )
-        machines = {}
-        for target in targets:
+        others = [] if arguments.no_kernels else sorted(HERE.glob("*_target_config.txtpb"))
+        machines: dict[Path, Machine] = {}
+        for target in [arguments.target, *others]:
             arch = "sm_" + "".join(re.findall(r'"Compute Capability (\d+)\.(\w+)"', target.read_text())[0])
             machines[target] = Machine(place_on(target), arch, tools, Path(folder))
         rows: list[dict[str, Any]] = []

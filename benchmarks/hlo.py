@@ -18,14 +18,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
-FREE = frozenset(
-    "parameter get-tuple-element tuple bitcast constant after-all partition-id replica-id opt-barrier "
-    "async-done async-update copy-done".split()
-)
+WORKSPACE = r"\bs8\[\d+\]"
+"""Of a library's call. int8 weights have two axes at least."""
+FREE = frozenset(("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id",
+                  "replica-id", "opt-barrier", "async-done", "async-update", "copy-done"))  # fmt: skip
 """Instructions that no thunk of work stands for."""
 PARTS = frozenset(("dynamic-slice", "slice", "gather"))
-HOLDERS = frozenset("kAsyncStart kAsyncDone kDynamicSliceFusion kCommandBuffer kSequential kWhile kConditional".split())
-COPIES = frozenset("kCopy kMemzero kMemset32BitValue kDeviceToDeviceCopy".split())
+HOLDERS = frozenset(("kAsyncStart", "kAsyncDone", "kDynamicSliceFusion", "kCommandBuffer", "kSequential", "kWhile",
+                     "kConditional"))  # fmt: skip
+COPIES = frozenset(("kCopy", "kMemzero", "kMemset32BitValue", "kDeviceToDeviceCopy"))
 
 
 class Instruction(NamedTuple):
@@ -97,7 +98,7 @@ def closing(text: str, start: int) -> int:
 def size_of(shape: str) -> int:
     """Bytes of an array or, summed, of a tuple, without workspaces."""
     total = 0
-    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", re.sub(WORKSPACE, "", shape)):
         bits = BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype[1:]) or 0)
         total += math.prod(map(int, filter(None, dims.split(",")))) * bits // 8
     return total
@@ -231,8 +232,8 @@ class Program:
             codes = [some.opcode for some in self.computations[called]]
             labels = {some.op_name for some in self.computations[called]} | {one.op_name}
         else:
-            shapes = [re.sub(r"s8\[\d+\]", "", self.shape(computation, name)) for name in names]
-            read, written = sum(map(size_of, shapes)), size_of(re.sub(r"s8\[\d+\]", "", one.shape))
+            shapes = [self.shape(computation, name) for name in names]
+            read, written = sum(map(size_of, shapes)), size_of(one.shape)
             if one.opcode in PARTS:
                 read = written
             elif one.opcode == "dynamic-update-slice":

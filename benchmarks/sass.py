@@ -1,4 +1,4 @@
-"""What ptxas and nvdisasm say of a kernel: registers, spills, tensor core instructions, and the loop that holds them."""
+"""What ptxas and nvdisasm say of a kernel: registers, spills, tensor core instructions, the loop that holds them."""
 
 from __future__ import annotations
 
