@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ def sections(listing: str) -> Iterator[tuple[str, list[str]]]:
         yield name, code.splitlines()
 
 
-def inner_loop(lines: list[str]) -> int:
+def inner_loop(lines: Sequence[str]) -> int:
     """Instructions of the loop with the most tensor core instructions, the shortest such. A loop is what lies between a
     label and a later branch back to it."""
     labels: dict[str, int] = {}
