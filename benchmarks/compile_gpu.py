@@ -122,18 +122,15 @@ def compile_one(row: dict[str, Any], machine: Machine, lower: Callable[[NamedSha
     assembled = [assemble(path, machine.arch, machine.tools) for path in files]
     kernels = [kernel for some, _ in assembled for kernel in some]
     mine = [kernel for kernel in kernels if kernel["name"].startswith(KERNEL)]
+    sequence = dumped(machine.dump, "thunk_sequence.txt")
+    shared = dict(re.findall(rf"({KERNEL}\w*)\s.*shared_memory: (\d+)", sequence))
     told = ("registers", "spill_stores", "spill_loads", "wgmma", "mma", "tcgen05", "async_copies", "serialized", "loop")
     return (
         row
         | {"compile_s": round(seconds, 1)}
         | {key: [kernel[key] for kernel in mine] for key in told}
         | {
-            "shared_bytes": [
-                int(size)
-                for size in re.findall(
-                    rf"{KERNEL}\w*\s.*shared_memory: (\d+)", dumped(machine.dump, "thunk_sequence.txt")
-                )
-            ],
+            "shared_bytes": [int(size) for size in shared.values()],
             "other_kernels": len(kernels) - len(mine),
             "their_spills": sum(kernel["spill_stores"] for kernel in kernels if kernel not in mine),
             "all_wgmma": sum(kernel["wgmma"] for kernel in kernels),

@@ -36,7 +36,8 @@ def find_tools(cuda: Path | None) -> Tools:
     def find(tool: str) -> Path | None:
         inside = (folder / "bin" / tool for folder in folders)
         on_path = shutil.which(tool)
-        home = (Path(folder) / "bin" / tool for folder in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"))
+        homes = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+        home = (Path(folder) / "bin" / tool for folder in homes)
         return next((path for path in [*inside, *([Path(on_path)] if on_path else []), *home] if path.is_file()), None)
 
     ptxas = find("ptxas")
