@@ -102,7 +102,7 @@ def attention(
 
 
 def norm_rotary(
-    x: Float32[Array, "R N H"],
+    x: Float[Array, "R N H"],
     scale: Float32[Array, " H"],
     by: Rotary,
     *,
@@ -111,7 +111,8 @@ def norm_rotary(
     implementation: str | None = None,
 ) -> Float[Array, "R N H"]:
     """Every head over its root mean square (eps under the root) and times scale, then dimensions i and i + H/2 turned
-    by the angle i of the row: queries and keys as Qwen3 attends with them. In float32; the result is in dtype.
+    by the angle i of the row: queries and keys as Qwen3 attends with them. Computed in float32; the result is in
+    dtype.
     """
     if x.shape[2:] != scale.shape or not x.shape[::2] == by.cos.shape == by.sin.shape:
         raise ValueError(

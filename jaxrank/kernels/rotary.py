@@ -79,14 +79,15 @@ def turn(x: Float32[Array, "R N H"], by: Rotary) -> Float32[Array, "R N H"]:
 
 
 def xla(
-    x: Float32[Array, "R N H"], scale: Float32[Array, " H"], by: Rotary, *, eps: float, dtype: DTypeLike
+    x: Float[Array, "R N H"], scale: Float32[Array, " H"], by: Rotary, *, eps: float, dtype: DTypeLike
 ) -> Float[Array, "R N H"]:
     """The norm, then the turn, which XLA makes one."""
+    x = x.astype(jnp.float32)
     return turn(x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale, by).astype(dtype)
 
 
 def tpu(
-    x: Float32[Array, "R N H"],
+    x: Float[Array, "R N H"],
     scale: Float32[Array, " H"],
     by: Rotary,
     *,
@@ -118,6 +119,6 @@ def _kernel(x, scale, cos, sin, out, *, eps: float):
     """A block of rows, head by head."""
     size = cos.shape[1]
     for at in range(0, x.shape[1], size):
-        y = x[:, at : at + size]
+        y = x[:, at : at + size].astype(jnp.float32)
         y = y * lax.rsqrt(jnp.square(y).mean(1, keepdims=True) + eps) * scale[...]
         out[:, at : at + size] = (y * cos[...] + pltpu.roll(y, size // 2, 1) * sin[...]).astype(out.dtype)

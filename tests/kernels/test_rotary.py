@@ -63,6 +63,15 @@ class TestNormRotary:
         assert rounded.dtype == jnp.bfloat16
         np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
 
+    def test_of_bfloat16_is_computed_in_float32(self, implementation: str) -> None:
+        x, scale, positions = case(64, 2, 128)
+        by, x = rotary(positions, 128, THETA), x.astype(jnp.bfloat16)
+        exact, got = (
+            norm_rotary(y, scale, by, eps=EPS, dtype="float32", implementation=implementation)
+            for y in (x.astype(jnp.float32), x)
+        )
+        np.testing.assert_allclose(got, exact, atol=1e-5, rtol=1e-5)
+
 
 def test_lowers_for_tpu() -> None:
     x, scale, table = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1536, 16, 128), (128,), (1536, 128)))
