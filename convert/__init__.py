@@ -91,7 +91,7 @@ def prepare(
         model = checkpoint.outline(config, dtype, quantization, stacked=stacked)
         outlines, places = checkpoint.by_path(nnx.state(model)), checkpoint.places(model, mesh)
         with readable(folder):
-            return checkpoint.assemble(model, fill(table, tensors, outlines, progress, places))
+            return checkpoint.assemble(model, fill(table, tensors, outlines, progress, places), mesh)
 
     return read
 

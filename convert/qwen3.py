@@ -7,23 +7,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from jaxrank.convert.rules import ROW, Rule, layer_places, linear, row_difference
+from jaxrank.convert.rules import LINEAR, ROW, Rule, layer_places, members, row_difference
 from jaxrank.errors import CheckpointError
 from jaxrank.models.qwen3 import Qwen3Config
 from jaxrank.tokens import load_tokenizer
 
 LAYER = (
     Rule("input_layernorm.weight", "attention/norm/scale"),
-    Rule("self_attn.q_proj.weight", "attention/query", linear()),
-    Rule("self_attn.k_proj.weight", "attention/key", linear()),
-    Rule("self_attn.v_proj.weight", "attention/value", linear()),
     Rule("self_attn.q_norm.weight", "attention/query_norm/scale"),
     Rule("self_attn.k_norm.weight", "attention/key_norm/scale"),
-    Rule("self_attn.o_proj.weight", "attention/out", linear(inputs=2)),
     Rule("post_attention_layernorm.weight", "feed_forward/norm/scale"),
-    Rule("mlp.gate_proj.weight", "feed_forward/gate", linear()),
-    Rule("mlp.up_proj.weight", "feed_forward/up", linear()),
-    Rule("mlp.down_proj.weight", "feed_forward/down", linear()),
+    Rule("mlp.down_proj.weight", "feed_forward/down", LINEAR),
 )
 
 # Saved by some although it is the embedding once more.
@@ -32,18 +26,34 @@ IGNORED = frozenset(["lm_head.weight"])
 
 def rules(config: Qwen3Config, folder: Path, tensors: Collection[str]) -> list[Rule]:
     """The whole table of a causal model, whose head is W[yes] - W[no] of its own tokenizer's tokens."""
-    return [*body(layer_places(config.layers)), head(config, folder)]
+    return [*body(config, layer_places(config.layers)), head(config, folder)]
 
 
 def classifier_rules(config: Qwen3Config, folder: Path, tensors: Collection[str]) -> list[Rule]:
     """The whole table of a sequence classifier, whose head is its own."""
-    return [*body(layer_places(config.layers)), Rule("score.weight", "head", ROW)]
+    return [*body(config, layer_places(config.layers)), Rule("score.weight", "head", ROW)]
 
 
-def body(places: list[str], model: str = "model.") -> list[Rule]:
+def body(config: Qwen3Config, places: list[str], model: str = "model.") -> list[Rule]:
     """All but the head, for layers kept at those places; model: what the tensors' names begin with."""
-    layers = (rule.under(f"{model}layers.{i}.", place) for i, place in enumerate(places) for rule in LAYER)
+    layer = [*LAYER, *joined(config)]
+    layers = (rule.under(f"{model}layers.{i}.", place) for i, place in enumerate(places) for rule in layer)
     return [Rule(f"{model}embed_tokens.weight", "word"), Rule(f"{model}norm.weight", "norm/scale"), *layers]
+
+
+def joined(config: Qwen3Config) -> list[Rule]:
+    """What the model has in one where the checkpoint has several tensors, or has in another order."""
+    grouped, size = config.heads // config.kv_heads, config.head_size
+    qkv = {"q": (0, grouped), "k": (grouped, grouped + 1), "v": (grouped + 1, grouped + 2)}
+    return [
+        *(
+            Rule(f"self_attn.{name}_proj.weight", "attention/qkv", members(LINEAR, grouped + 2, *own, size))
+            for name, own in qkv.items()
+        ),
+        Rule("self_attn.o_proj.weight", "attention/out", members(LINEAR, grouped, 0, grouped, size, axis=-2)),
+        Rule("mlp.gate_proj.weight", "feed_forward/gate_up", members(LINEAR, 2, 0, 1)),
+        Rule("mlp.up_proj.weight", "feed_forward/gate_up", members(LINEAR, 2, 1, 2)),
+    ]
 
 
 def head(config: Qwen3Config, folder: Path, model: str = "model.") -> Rule:

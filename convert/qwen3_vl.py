@@ -6,31 +6,31 @@ from collections.abc import Collection
 from pathlib import Path
 
 from jaxrank.convert.qwen3 import body, head
-from jaxrank.convert.rules import FLAT, Rule, Transform, layer_places, linear
+from jaxrank.convert.rules import LINEAR, SAME, Rule, Transform, in_order, layer_places
 from jaxrank.models.qwen3_vl import Qwen3VLConfig
 from jaxrank.models.vision import VisionConfig
 
 VISION_LAYER = (
     Rule("norm1.weight", "attention/norm/scale"),
     Rule("norm1.bias", "attention/norm/bias"),
-    Rule("attn.qkv.weight", "attention/kernel", linear()),
-    Rule("attn.qkv.bias", "attention/bias", FLAT),
-    Rule("attn.proj.weight", "attention/out/kernel", linear(inputs=2)),
+    Rule("attn.qkv.weight", "attention/qkv/kernel", in_order(LINEAR, 3)),
+    Rule("attn.qkv.bias", "attention/qkv/bias", in_order(SAME, 3)),
+    Rule("attn.proj.weight", "attention/out/kernel", LINEAR),
     Rule("attn.proj.bias", "attention/out/bias"),
     Rule("norm2.weight", "norm/scale"),
     Rule("norm2.bias", "norm/bias"),
-    Rule("mlp.linear_fc1.weight", "up/kernel", linear()),
+    Rule("mlp.linear_fc1.weight", "up/kernel", LINEAR),
     Rule("mlp.linear_fc1.bias", "up/bias"),
-    Rule("mlp.linear_fc2.weight", "down/kernel", linear()),
+    Rule("mlp.linear_fc2.weight", "down/kernel", LINEAR),
     Rule("mlp.linear_fc2.bias", "down/bias"),
 )
 
 MERGER = (
     Rule("norm.weight", "norm/scale"),
     Rule("norm.bias", "norm/bias"),
-    Rule("linear_fc1.weight", "up/kernel", linear()),
+    Rule("linear_fc1.weight", "up/kernel", LINEAR),
     Rule("linear_fc1.bias", "up/bias"),
-    Rule("linear_fc2.weight", "down/kernel", linear()),
+    Rule("linear_fc2.weight", "down/kernel", LINEAR),
     Rule("linear_fc2.bias", "down/bias"),
 )
 
@@ -42,15 +42,15 @@ def rules(config: Qwen3VLConfig, folder: Path, tensors: Collection[str]) -> list
     adding = config.vision.features - 1
     places = [*(f"adding/{i}/" for i in range(adding)), *layer_places(config.text.layers - adding)]
     tower = (rule.under(visual, "vision/") for rule in vision_rules(config.vision))
-    return [*body(places, model), head(config.text, folder, model), *tower]
+    return [*body(config.text, places, model), head(config.text, folder, model), *tower]
 
 
 def vision_rules(config: VisionConfig) -> list[Rule]:
     """The tower's part. A patch embedding that is published as a convolution over whole patches is a matrix."""
     patch = (config.channels, config.steps, config.patch, config.patch)
     ends = [
-        Rule("patch_embed.proj.weight", "patch/kernel", Transform(lambda shape: (shape[0], *patch))),
-        Rule("patch_embed.proj.bias", "patch/bias"),
+        Rule("patch_embed.proj.weight", "patch", Transform(lambda shape: (shape[0], *patch))),
+        Rule("patch_embed.proj.bias", "patch_bias"),
         Rule("pos_embed.weight", "position"),
     ]
     places = [f"stages/{s}/{i}/" for s, (start, end) in enumerate(config.stages) for i in range(end - start)]

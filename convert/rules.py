@@ -8,8 +8,8 @@ parameter keeps.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ from jaxrank.checkpoint import BuildingInt8
 from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError
 from jaxrank.models.quantized import Quantized, largest_magnitudes, rounded, scales
-from jaxrank.shards import Building, Progress, by_parameter, in_threads
+from jaxrank.sharding import placed_order
+from jaxrank.shards import Building, Part, Progress, by_parameter, in_threads
 
 SHOWN = 20
 """How many mismatches of a kind an error lists."""
@@ -29,17 +30,26 @@ Shape = tuple[int, ...]
 class Transform(NamedTuple):
     """How a parameter looks as its tensor: its axes flattened to `flat(shape)`, then transposed or not.
 
-    With `minus` = (a, b) it is row a minus row b of the tensor instead, in float32.
+    With `minus` = (a, b) it is row a minus row b of the tensor instead, in float32. With `part` the tensor holds some
+    of the parameter's entries along one axis, or has them in another order.
     """
 
     flat: Callable[[Shape], Shape]
     transposed: bool = False
     minus: tuple[int, int] | None = None
+    part: Part | None = None
 
     def source_shape(self, shape: Shape) -> Shape:
         """The shape that the tensor of a parameter of this shape must have."""
-        flat = self.flat(shape)
+        sizes = list(shape)
+        if self.part is not None:
+            sizes[self.part.axis] = int(self.fills(shape).sum())
+        flat = self.flat(tuple(sizes))
         return flat[::-1] if self.transposed else flat
+
+    def fills(self, shape: Shape) -> np.ndarray:
+        """Which entries along the part's axis the tensor of a parameter of this shape fills; without a part, [True]."""
+        return np.ones(1, bool) if self.part is None else self.part.order(shape[self.part.axis], 1) >= 0
 
 
 def layer_places(layers: int) -> list[str]:
@@ -49,14 +59,36 @@ def layer_places(layers: int) -> list[str]:
 
 SAME = Transform(lambda shape: shape)
 FLAT = Transform(lambda shape: (math.prod(shape),))
-"""A vector that the model keeps with more axes, or with none: [N, H] from [N*H], [] from [1]."""
+"""A vector that the model keeps with other axes: [] from [1]."""
 ROW = Transform(lambda shape: (1, *shape))
 """The only row of a table: [D] from [1, D]."""
 
 
-def linear(inputs: int = 1) -> Transform:
-    """A kernel [*in, *out] whose first `inputs` axes are summed over, from torch's Linear weight [out, in]."""
-    return Transform(lambda shape: (math.prod(shape[:inputs]), math.prod(shape[inputs:])), transposed=True)
+LINEAR = Transform(lambda shape: shape if len(shape) == 2 else (*shape, 1), transposed=True)
+"""A kernel [in, out], or [in] of one column, from torch's Linear weight [out, in]."""
+
+
+def members(transform: Transform, count: int, start: int, stop: int, size: int = 1, *, axis: int = -1) -> Transform:
+    """The same for a tensor that holds members start to stop of a parameter, which has `count` on that axis: queries,
+    keys or values, or the gate. A member is so many columns for each (key) head, `size` together.
+
+    Of several members the tensor has those of one key head side by side, since query head k * G + g belongs to key
+    head k; the parameter has one member of all key heads side by side (see sharding.arranged).
+    """
+
+    def index(columns: int, shards: int) -> np.ndarray:
+        found = np.full((shards, count, columns // (shards * count * size), size), -1)
+        some = found[:, start:stop]
+        shape = (shards, found.shape[2], stop - start, size)
+        some[...] = np.arange(some.size).reshape(shape).swapaxes(1, 2)
+        return found.ravel()
+
+    return transform._replace(part=Part(axis, index))
+
+
+def in_order(transform: Transform, count: int) -> Transform:
+    """The same for a tensor that holds all members, one after the other."""
+    return transform._replace(part=Part(-1, partial(placed_order, count)))
 
 
 def row_difference(rows: int, a: int, b: int) -> Transform:
@@ -88,12 +120,14 @@ def check(
     parameters: their outlines, by path.
     """
     rules = list(rules)
-    filled = Counter(rule.parameter for rule in rules)
+    filled: dict[str, np.ndarray] = {}
     used = {rule.tensor for rule in rules}
     missing, shapes, dtypes = [], [], []
     for rule in rules:
         parameter, tensor = parameters.get(rule.parameter), tensors.get(rule.tensor)
         expected = rule.transform.source_shape(parameter.shape) if parameter is not None else None
+        times = np.ones(1, int) if parameter is None else rule.transform.fills(parameter.shape).astype(int)
+        filled[rule.parameter] = filled.get(rule.parameter, 0) + times
         if tensor is None:
             missing.append(f"{rule.tensor} {list(expected or ())}")
         elif tensor.dtype not in READABLE:
@@ -103,7 +137,11 @@ def check(
     unexpected = [
         f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in used and name not in ignored
     ]
-    table = [f"{name} filled {filled[name]} times" for name in parameters if filled[name] != 1]
+    table = [
+        f"{name} filled {sorted(set(filled.get(name, np.zeros(1, int)).flat))} times"
+        for name in parameters
+        if name not in filled or (filled[name] != 1).any()
+    ]
     table += [f"{name} is no parameter" for name in filled if name not in parameters]
     kinds = {
         "missing tensors": missing,
@@ -138,9 +176,16 @@ def fill(
     A few parameters are read side by side; host memory in use at any time is as many parameters beyond what the device
     keeps. progress is called with the bytes read so far and in all, by one thread at a time.
     """
-    table = {rule.parameter: rule for rule in rules}
+    table: dict[str, list[Rule]] = {}
+    for rule in rules:
+        table.setdefault(rule.parameter, []).append(rule)
     sources = by_parameter(table, parameters)
-    told = Progress(sum(tensors[rule.tensor].nbytes for rule in table.values()), progress)
+    told = Progress(sum(tensors[rule.tensor].nbytes for some in table.values() for rule in some), progress)
+
+    def rules_of(parameter: str) -> Iterator[tuple[Rule, int | None]]:
+        for path, at in sources[parameter].items():
+            for rule in table[path]:
+                yield rule, at
 
     def one(parameter: str) -> Any:
         outline, place = parameters[parameter], (places or {}).get(parameter)
@@ -148,8 +193,7 @@ def fill(
             return in_int8(parameter, BuildingInt8(outline, place))
         dtype = np.dtype(outline.dtype)
         building = Building(outline.shape, dtype, place)
-        for path, at in sources[parameter].items():
-            name, _, transform = table[path]
+        for (name, _, transform), at in rules_of(parameter):
             tensor = tensors[name]
             if transform.minus:
                 a, b = (read_row(tensor, row).astype(np.float32) for row in transform.minus)
@@ -157,7 +201,7 @@ def fill(
                     view.write(0, (a - b)[None])
                 told.add(tensor.nbytes)
                 continue
-            views, row = building.views(at, transform.flat, transform.transposed), 0
+            views, row = building.views(at, transform.flat, transform.transposed, transform.part), 0
             for chunk in tensor.chunks():
                 # Cast first: a transposed write of 2-byte items touches half the memory.
                 values = cast(chunk, dtype, name)
@@ -169,10 +213,11 @@ def fill(
 
     def in_int8(parameter: str, building: BuildingInt8) -> Quantized:
         """A tensor's row is what a channel is made from: torch has [out, in], and a table's rows are rows."""
-        for path, at in sources[parameter].items():
-            name, _, transform = table[path]
-            values, row = building.values.views(at, transform.flat, transform.transposed), 0
-            shared = building.scale.views(at, FLAT.flat)
+        for (name, _, transform), at in rules_of(parameter):
+            part = transform.part
+            values, row = building.values.views(at, transform.flat, transform.transposed, part), 0
+            # a scale a channel: the part's axes are those of the channels, if it has any
+            shared = building.scale.views(at, FLAT.flat, part=part)
             for chunk in tensors[name].chunks():
                 steps, scale = rounded_rows(chunk, name)
                 for views, rows in ((values, steps), (shared, scale)):

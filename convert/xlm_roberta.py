@@ -5,23 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from jaxrank.convert.rules import FLAT, ROW, Rule, layer_places, linear
+from jaxrank.convert.rules import FLAT, LINEAR, ROW, SAME, Rule, layer_places, members
 from jaxrank.models.xlm_roberta import XLMRobertaConfig
 
 LAYER = (
-    Rule("attention.self.query.weight", "attention/query/kernel", linear()),
-    Rule("attention.self.query.bias", "attention/query/bias", FLAT),
-    Rule("attention.self.key.weight", "attention/key/kernel", linear()),
-    Rule("attention.self.key.bias", "attention/key/bias", FLAT),
-    Rule("attention.self.value.weight", "attention/value/kernel", linear()),
-    Rule("attention.self.value.bias", "attention/value/bias", FLAT),
-    Rule("attention.output.dense.weight", "attention/out/kernel", linear(inputs=2)),
+    Rule("attention.output.dense.weight", "attention/out/kernel", LINEAR),
     Rule("attention.output.dense.bias", "attention/out/bias"),
     Rule("attention.output.LayerNorm.weight", "attention_norm/scale"),
     Rule("attention.output.LayerNorm.bias", "attention_norm/bias"),
-    Rule("intermediate.dense.weight", "up/kernel", linear()),
+    Rule("intermediate.dense.weight", "up/kernel", LINEAR),
     Rule("intermediate.dense.bias", "up/bias"),
-    Rule("output.dense.weight", "down/kernel", linear()),
+    Rule("output.dense.weight", "down/kernel", LINEAR),
     Rule("output.dense.bias", "down/bias"),
     Rule("output.LayerNorm.weight", "norm/scale"),
     Rule("output.LayerNorm.bias", "norm/bias"),
@@ -33,9 +27,9 @@ ENDS = (
     Rule("roberta.embeddings.token_type_embeddings.weight", "token_type", ROW),
     Rule("roberta.embeddings.LayerNorm.weight", "embedding_norm/scale"),
     Rule("roberta.embeddings.LayerNorm.bias", "embedding_norm/bias"),
-    Rule("classifier.dense.weight", "dense/kernel", linear()),
+    Rule("classifier.dense.weight", "dense/kernel", LINEAR),
     Rule("classifier.dense.bias", "dense/bias"),
-    Rule("classifier.out_proj.weight", "head/kernel", linear()),
+    Rule("classifier.out_proj.weight", "head/kernel", LINEAR),
     Rule("classifier.out_proj.bias", "head/bias", FLAT),
 )
 
@@ -46,5 +40,16 @@ IGNORED = frozenset(["roberta.embeddings.position_ids", "roberta.pooler.dense.we
 def rules(config: XLMRobertaConfig, folder: Path, tensors: Collection[str]) -> list[Rule]:
     """The whole table for a model of that many layers; the last layer has a place of its own in the model."""
     places = enumerate(layer_places(config.layers))
-    layers = (rule.under(f"roberta.encoder.layer.{i}.", place) for i, place in places for rule in LAYER)
+    layer = [*LAYER, *qkv(config.width // config.heads)]
+    layers = (rule.under(f"roberta.encoder.layer.{i}.", place) for i, place in places for rule in layer)
     return [*ENDS, *layers]
+
+
+def qkv(size: int) -> list[Rule]:
+    """Queries, keys and values of a layer with heads of that size, which the model has in one."""
+    found = []
+    for i, name in enumerate(("query", "key", "value")):
+        for tensor, parameter, transform in (("weight", "kernel", LINEAR), ("bias", "bias", SAME)):
+            own = members(transform, 3, i, i + 1, size)
+            found.append(Rule(f"attention.self.{name}.{tensor}", f"attention/qkv/{parameter}", own))
+    return found

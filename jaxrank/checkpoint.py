@@ -1,10 +1,10 @@
 """jaxrank's own folders: an Orbax checkpoint that needs no conversion, beside the published config and tokenizer.
 
     config.json, tokenizer files    as published
-    weights/                        Orbax (OCDBT), one entry a parameter, such as layers.0.attention.query.kernel
+    weights/                        Orbax (OCDBT), one entry a parameter, such as layers.0.attention.qkv.kernel
     jaxrank.json                    format version, family, dtype, quantization
 
-A matrix in int8 has two entries, such as layers.0.attention.query.kernel_int8 and kernel_scale.
+A matrix in int8 has two entries, such as layers.0.attention.qkv.kernel_int8 and kernel_scale.
 
 jaxrank.json is written last: without it the folder does not count.
 """
@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,12 +29,12 @@ from jaxrank.errors import CheckpointError, UnsupportedError
 from jaxrank.models import FAMILIES, settings_of
 from jaxrank.models.layers import stack_layers
 from jaxrank.models.quantized import QUANTIZATIONS, Quantized, largest_magnitudes, quantized_outline, rounded, scales
-from jaxrank.sharding import shardings
-from jaxrank.shards import Building, Progress, View, by_parameter, in_threads
+from jaxrank.sharding import MODEL, arranged, placed_order, shardings
+from jaxrank.shards import Building, Part, Progress, View, by_parameter, in_threads
 from jaxrank.types import Config
 from jaxrank.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 MARK = "jaxrank.json"
 WEIGHTS = "weights"
 
@@ -72,7 +73,7 @@ def save(folder: Path, model: nnx.Module) -> None:
     names = [name for name, family in FAMILIES.items() if family.module is type(model)]
     if not names:
         raise UnsupportedError(f"a {type(model).__name__} cannot be saved; jaxrank knows {', '.join(FAMILIES)}")
-    values = by_path(nnx.state(model))
+    values = by_path(arranged(nnx.state(model), 1))
     mark = {"format": FORMAT, "jaxrank": __version__, "family": names[0], "dtype": main_dtype(values)}
     mark["quantization"] = QUANTIZATIONS[0] if any(isinstance(value, Quantized) for value in values.values()) else None
     try:
@@ -125,7 +126,8 @@ def prepare(folder: Path, *, dtype: DTypeLike, quantization: str | None = None) 
     ) -> Any:
         model = outline(config, dtype, quantization or kept, stacked=stacked)
         try:
-            return assemble(model, read_weights(stored, by_path(nnx.state(model)), places(model, mesh), progress))
+            outlines = by_path(nnx.state(model))
+            return assemble(model, read_weights(stored, outlines, places(model, mesh), orders(model), progress), mesh)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{refused} ({first_line(error)}); {AGAIN}") from error
 
@@ -225,12 +227,13 @@ def read_weights(
     stored: Mapping[str, Any],
     outlines: Mapping[str, Any],
     places: Mapping[str, Any] | None = None,
+    orders: Mapping[str, Part] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """What `open_weights` opened, as values of the wanted shapes and dtypes; OSError or ValueError if damaged.
 
     outlines: of the values, where layers may be stacked, and what is stored whole may be wanted in int8. places: where
-    those lie that are not on the default device.
+    those lie that are not on the default device. orders: of those whose columns devices share out (see `orders`).
     """
     told = Progress(sum(entry.size * entry.dtype.numpy_dtype.itemsize for entry in stored.values()), progress)
     # an entry in int8 has the name of what it stands for, and two of its own
@@ -254,24 +257,24 @@ def read_weights(
             told.add(piece.nbytes)
 
     def one(parameter: str) -> Any:
-        outline, place = outlines[parameter], (places or {}).get(parameter)
+        outline, place, part = outlines[parameter], (places or {}).get(parameter), (orders or {}).get(parameter)
         if not isinstance(outline, Quantized):
             building = Building(outline.shape, np.dtype(outline.dtype), place)
             for path, at in sources[parameter].items():
-                copy(path, building.views(at))
+                copy(path, building.views(at, part=part))
             return building.finish()
         building = BuildingInt8(outline, place)
         for path, at in sources[parameter].items():
             if path not in stored:
-                copy(path + INT8, building.values.views(at))
-                copy(path + SCALE, building.scale.views(at))
+                copy(path + INT8, building.values.views(at, part=part))
+                copy(path + SCALE, building.scale.views(at, part=part))
                 continue
             scale = scale_of(pieces(path), outline.scale.shape[0 if at is None else 1 :], path)
-            for view in building.scale.views(at):
+            for view in building.scale.views(at, part=part):
                 view.write(0, scale)
             for row, piece in pieces(path):
                 own = scale if len(scale) == 1 else scale[row : row + len(piece)]
-                for view in building.values.views(at):
+                for view in building.values.views(at, part=part):
                     view.write(row, rounded(piece.astype(np.float32, copy=False), own))
                 told.add(piece.nbytes)
         return building.finish()
@@ -310,8 +313,19 @@ def places(model: nnx.Module, mesh: Mesh | None) -> dict[str, Any]:
     return {} if mesh is None else by_path(shardings(nnx.state(model), mesh))
 
 
+def orders(model: nnx.Module) -> dict[str, Part]:
+    """How columns of stored arrays go to the devices that share them, by path of the parameters that have members (see
+    sharding.arranged)."""
+    found = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        metadata = leaf.get_metadata()
+        if (members := metadata.get("members", 1)) > 1:
+            found["/".join(map(str, path))] = Part(metadata["shard"], partial(placed_order, members))
+    return found
+
+
 def by_path(state: Any) -> dict[str, Any]:
-    """What a state's parameters hold, by path: "layers/0/attention/query/kernel"."""
+    """What a state's parameters hold, by path: "layers/0/attention/qkv/kernel"."""
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
@@ -329,10 +343,13 @@ def arrays_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return arrays
 
 
-def assemble(model: nnx.Module, values: Mapping[str, Any]) -> Any:
-    """The module of `outline` with its parameters put in."""
+def assemble(model: nnx.Module, values: Mapping[str, Any], mesh: Mesh | None = None) -> Any:
+    """The module of `outline` with its parameters put in, arranged for the mesh's devices."""
     graph, state = nnx.split(model)
-    filled = [(path, leaf.replace(values["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+    shards = 1 if mesh is None else mesh.shape[MODEL]
+    filled = [
+        (path, leaf.replace(values["/".join(map(str, path))], shards=shards)) for path, leaf in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

@@ -123,7 +123,7 @@ def pack(
 
     A prefix stands once, before the first pair that has it: a star, whose pairs see it and themselves. causal: tokens
     see what stands before them in their pair, and themselves; otherwise the whole pair, which can have no prefix.
-    implementation: of the attention that the layouts are for; None is the default device's. features: of the pairs'
+    implementation: of the attention that the layouts are for; None as in kernels.pick. features: of the pairs'
     images and videos; a row has place for them where it is given, be there any or not.
     """
     used, most = row_size(pairs), slots(tokens)

@@ -61,7 +61,7 @@ def pack_patches(
     """One row of `patches` patches holding `media` in order, filler behind them.
 
     values: E, of a patch; merge: patches of a token, in each direction; side: rows and columns of the learned position
-    table. implementation: of the attention that the layout is for; None is the default device's. Raises ValueError if
+    table. implementation: of the attention that the layout is for; None as in kernels.pick. Raises ValueError if
     media do not fit the row, or if their pixels do not fit their grid.
     """
     pixels = np.zeros((patches, values), np.float32)

@@ -15,6 +15,7 @@ from jaxtyping import Float32
 from tqdm import tqdm
 
 from jaxrank import checkpoint, convert
+from jaxrank.attention import Choice, use_implementation
 from jaxrank.contents import Contents
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.media import Preprocessing
@@ -60,6 +61,7 @@ class Reranker:
         preprocessing: Preprocessing | None = None,
         mesh: Mesh | None = None,
         stages: Stages | None = None,
+        implementation: str | None = None,
     ):
         self.name = name
         self.model = model
@@ -69,6 +71,8 @@ class Reranker:
         self.preprocessing = preprocessing
         self.mesh = mesh
         self.max_length, self.min_length = tokenizer.max_length, tokenizer.min_length
+        if implementation is not None:
+            use_implementation(model, implementation)
         vision = take_tower(model)
         self.tower = features = None
         if vision is not None:
@@ -101,6 +105,7 @@ class Reranker:
         compile_cache: str | Path | None = DEFAULT_CACHE,
         data_parallel: int | None = None,
         tensor_parallel: int | None = None,
+        implementation: str | None = None,
         progress: Callable[[int, int], None] | None = None,
         stages: Stages | None = None,
     ) -> Reranker:
@@ -117,9 +122,11 @@ class Reranker:
         of a converted folder, else safetensors. weights: False for an outline without them, which cannot score, only
         `warm_up`, so that the next start finds its programs. compile_cache: where compiled programs are kept for the
         next start, None for nowhere. data_parallel, tensor_parallel: copies of the weights, and devices that share a
-        copy; by default as many copies as the accelerators allow, each on as few as hold it, and one on CPU. progress:
-        called with bytes done and bytes in all. stages: a clock that runs already. Raises ModelError if the model
-        cannot be loaded, RequestError if an argument is off.
+        copy; by default as many copies as the accelerators allow, each on as few as hold it, and one on CPU.
+        implementation: the attention body, one of kernels.IMPLEMENTATIONS; by default the fastest for the device that
+        is right on it, see `attention`. progress: called with bytes done and bytes in all. stages: a clock that runs
+        already. Raises ModelError if the model cannot be loaded, or the attention body that is named is wrong on the
+        device, RequestError if an argument is off.
         """
         if dtype not in DTYPES:
             raise RequestError(f"dtype {dtype!r} is unknown; one of {', '.join(DTYPES)}")
@@ -183,7 +190,7 @@ class Reranker:
             raise CheckpointError(f"{name} cannot be read: {error}") from error
         reranker = cls(
             model, tokenizer, name=name, row_tokens=row_tokens, instruct=instruct, preprocessing=seeing, mesh=mesh,
-            stages=stages,
+            stages=stages, implementation=implementation,
         )  # fmt: skip
         stages.lap("weights")
         return reranker
@@ -196,6 +203,13 @@ class Reranker:
         copies, share = self.mesh.shape[DATA], self.mesh.shape[MODEL]
         kind = self.mesh.devices.flat[0].device_kind
         return f"{copies * share} devices ({kind}): {copies} x the weights, each on {share}"
+
+    @property
+    def attention(self) -> dict[str, Choice]:
+        """The attention body in use, and those that failed on this device: of the "text" model, and of the "vision"
+        tower where there is one."""
+        parts = {"text": self.scorer, "vision": self.tower}
+        return {name: part.attention for name, part in parts.items() if part is not None}
 
     @property
     def row_tokens(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32
 
+from jaxrank.attention import use_implementation
 from jaxrank.kernels import pick
 from jaxrank.types import Encoded, Packed
 
@@ -23,9 +24,7 @@ def with_attention(model: Model, implementation: str | None) -> Model:
     """
     pick(implementation)
     other = nnx.merge(*nnx.split(model))
-    for _, module in nnx.iter_modules(other):
-        if hasattr(module, "implementation"):
-            setattr(module, "implementation", implementation)  # noqa: B010  # nnx.Module declares no such attribute
+    use_implementation(other, implementation)
     return other
 
 

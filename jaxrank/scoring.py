@@ -20,11 +20,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
+from jaxrank.attention import settle
 from jaxrank.errors import ModelError, RequestError
 from jaxrank.kernels import is_for_tpu
 from jaxrank.models.layers import stack_layers
 from jaxrank.packing import LADDER, Features, bucket_of, buckets, media_buckets, pack, plan, row_size
-from jaxrank.sharding import DATA, over_mesh, shardings
+from jaxrank.sharding import DATA, MODEL, arranged, over_mesh, shardings
 from jaxrank.types import Encoded, Packed, Work
 
 WINDOW = 2048
@@ -180,6 +181,8 @@ def whole_tower(tower: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
 
 def _jitted(module: Any, mesh: Mesh | None) -> tuple[Any, Any]:
     graph, state = nnx.split(module)
+    if mesh is not None:
+        state = arranged(state, mesh.shape[MODEL])
 
     def run(state: Any, batch: Any) -> jax.Array:
         return nnx.merge(graph, state)(batch)
@@ -235,7 +238,8 @@ class Scorer:
     `row_tokens` is the usual row; longer ones exist only for single pairs up to `max_length` tokens. Programs are
     compiled by `warm_up`, or at first use. features: the shape of what a vision tower makes of media, for models that
     see; rows with media have programs of their own, so that rows of text cost what they cost without. mesh: the
-    devices, where they are several (see jaxrank.sharding); each copy of the weights takes a row of its own.
+    devices, where they are several (see jaxrank.sharding); each copy of the weights takes a row of its own. The model
+    gets its attention body here, and with it `attention` (see jaxrank.attention.settle).
     """
 
     def __init__(
@@ -257,6 +261,7 @@ class Scorer:
         # rows handed to the device before the first result is awaited: one runs, on accelerators another waits ready
         self.in_flight = 1 if self.on_cpu else 2
         self.causal: bool = model.causal
+        self.attention = settle(model, causal=self.causal, dtype=model.word.dtype, mesh=mesh)
         self.is_outline = is_outline(nnx.state(model))
         self.features = features
         self.copies = 1 if mesh is None else mesh.shape[DATA]
@@ -307,7 +312,8 @@ class Scorer:
         self._counted_from = self._counter.count
 
     def _pack(self, pairs: Sequence[Encoded], tokens: int, features: Features | None) -> Packed:
-        return pack(pairs, tokens, causal=self.causal, features=features)
+        implementation = self.attention.implementation
+        return pack(pairs, tokens, causal=self.causal, implementation=implementation, features=features)
 
     def _program(self, tokens: int, media: bool) -> Batched:
         if (tokens, media) not in self.programs:

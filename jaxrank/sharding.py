@@ -1,8 +1,10 @@
 """One model over several devices: rows over the mesh axis "data", heads and feed-forward over the axis "model".
 
 Which axis of a parameter is cut stands beside the parameter, as its metadata `shard` (counted from the last axis, so
-that it holds for stacked layers too). Everything runs in one jax.shard_map: each device computes its own row with its
-own heads and ffn columns, and partial sums are added up twice a layer (Shoeybi et al. 2019, "Megatron-LM").
+that it holds for stacked layers too). An axis may hold several members side by side, such as queries, keys and values
+(`members`), each of heads that cannot be cut (`size`); see `arranged`. Everything runs in one jax.shard_map: each
+device computes its own row with its own heads and ffn columns, and partial sums are added up twice a layer (Shoeybi et
+al. 2019, "Megatron-LM").
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -104,16 +107,47 @@ def _map_cuts(f: Callable[[Any, int | None], Any], state: Any, parts: int) -> An
     share; None where each has all of it, as of the scales of int8 weights that hold for the whole axis."""
 
     def of(parameter: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        axis = parameter.get_metadata().get("shard")
+        metadata = parameter.get_metadata()
+        axis = metadata.get("shard")
         size = 1 if axis is None else parameter.shape[axis]
-        if axis is not None and size % parts:
+        heads = size // (metadata.get("members", 1) * metadata.get("size", 1))
+        if axis is not None and heads % parts:
             raise UnsupportedError(
-                f"the model has {size} heads or ffn columns, which {parts} devices cannot share evenly; "
+                f"the model has {heads} heads or ffn columns, which {parts} devices cannot share evenly; "
                 "choose a divisor of its key/value heads"
             )
         return jax.tree.map(
             lambda array: f(array, None if axis is None or array.shape[axis] < size else axis), parameter
         )
+
+    return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def placed_order(members: int, columns: int, shards: int) -> np.ndarray:
+    """Which of the columns, member by member, lies where, when so many devices share them: each device has its part of
+    every member, one after the other."""
+    return np.arange(columns).reshape(members, shards, -1).swapaxes(0, 1).ravel()
+
+
+def arranged(state: Any, shards: int) -> Any:
+    """A model's state with columns as so many devices want them that share an axis: what a device has of all members
+    lies side by side there, so that its part of the axis is one cut. For how many they are arranged stands beside the
+    parameter, as its metadata `shards`."""
+
+    def of(parameter: nnx.Variable[Any]) -> nnx.Variable[Any]:
+        metadata = parameter.get_metadata()
+        members, now, axis = (metadata.get(name, 1) for name in ("members", "shards", "shard"))
+        if members == 1 or now == shards:
+            return parameter
+        size = parameter.shape[axis]
+        order = np.argsort(placed_order(members, size, now))[placed_order(members, size, shards)]
+
+        def moved(array: Any) -> Any:
+            if array.shape[axis] < size or isinstance(array, jax.ShapeDtypeStruct):
+                return array
+            return jnp.take(array, order, axis=axis)
+
+        return parameter.replace(jax.tree.map(moved, parameter.get_value()), shards=shards)
 
     return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -57,29 +57,49 @@ def by_parameter(paths: Iterable[str], parameters: Mapping[str, Any]) -> dict[st
     return dict(sorted(found.items(), key=lambda item: -math.prod(parameters[item[0]].shape)))
 
 
-class View:
-    """One part of a parameter, or of a place of it, as the tensor lies that fills it: axes flattened, then transposed
-    or not. Of the tensor's rows or columns the part has a few runs of one length.
+class Part(NamedTuple):
+    """A tensor that holds only some of a parameter's entries along one axis, or has them in another order.
 
-    shape: of the whole. cut: the part's range of each axis; at most one is not the whole axis.
+    axis: of the parameter, counted from the last. order: from its size and how many
+    devices share it, the tensor's index of each entry in the order of placed columns (see sharding.arranged); -1 where
+    another tensor has it.
+    """
+
+    axis: int
+    order: Callable[[int, int], np.ndarray]
+
+
+class View:
+    """One device's part of a parameter, or of a place of it, as the tensor lies that fills it: axes flattened, then
+    transposed or not. Of the tensor's rows or columns it has some runs.
+
+    shape: of the whole. cut: the device's range of each axis; at most one is not the whole axis, and only axes
+    of size 1 are flattened into that. part: where the tensor holds a part of the parameter alone.
     """
 
     def __init__(
-        self, memory: np.ndarray, shape: Shape, cut: list[range], flat: Callable[[Shape], Shape], transposed: bool
+        self,
+        memory: np.ndarray,
+        shape: Shape,
+        cut: list[range],
+        flat: Callable[[Shape], Shape],
+        transposed: bool,
+        part: Part | None = None,
     ) -> None:
         whole, together = flat(shape), memory.reshape(flat(memory.shape))
         self.array = np.atleast_1d(together.T if transposed else together)
         self.axis, self.runs = 0, [(0, 0, len(self.array))]
-        for i, (size, mine) in enumerate(zip(shape, cut, strict=True)):
-            if len(mine) < size:
-                before = math.prod(shape[:i])
-                axis = next(a for a in range(len(whole)) if before < math.prod(whole[: a + 1]))
-                outer = before // math.prod(whole[:axis])
-                inner = whole[axis] // (outer * size)
-                self.axis = len(whole) - 1 - axis if transposed else axis
-                self.runs = [
-                    ((o * size + mine.start) * inner, o * len(mine) * inner, len(mine) * inner) for o in range(outer)
-                ]
+        narrow = [i for i, (size, mine) in enumerate(zip(shape, cut, strict=True)) if len(mine) < size]
+        if part is not None and shape[part.axis] == 1:  # a scale that holds for all of it
+            part = None
+        if part is None and not narrow:
+            return
+        at = narrow[0] if part is None else len(shape) + part.axis
+        mine = slice(cut[at].start, cut[at].stop)
+        shards = shape[at] // len(cut[at])
+        self.runs = runs_of((np.arange(shape[at]) if part is None else part.order(shape[at], shards))[mine])
+        axis = at - len(shape) + len(whole)  # nothing but axes of size 1 is flattened into it
+        self.axis = len(whole) - 1 - axis if transposed else axis
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """Take over what is the part's of consecutive rows of the tensor, from row `first` on."""
@@ -92,6 +112,15 @@ class View:
                 skip = (slice(None),) * (self.axis - 1)
                 mine = self.array[first : first + len(rows)]
                 mine[:, *skip, ours : ours + length] = rows[:, *skip, theirs : theirs + length]
+
+
+def runs_of(index: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first of theirs, first of ours, length) of each run in which the tensor's indices of our entries count up;
+    entries of -1 are in none."""
+    borders = np.flatnonzero((np.diff(index) != 1) | (index[:-1] < 0)) + 1
+    starts = [0, *borders.tolist()]
+    lengths = np.diff([*starts, len(index)]).tolist()
+    return [(int(index[at]), at, n) for at, n in zip(starts, lengths, strict=True) if index[at] >= 0]
 
 
 class Building:
@@ -109,15 +138,22 @@ class Building:
         self.parts = {cut: host_memory(tuple(map(len, cut)), dtype) for cut in set(self.devices.values())}
 
     def views(
-        self, place: int | None, flat: Callable[[Shape], Shape] = lambda shape: shape, transposed: bool = False
+        self,
+        place: int | None,
+        flat: Callable[[Shape], Shape] = lambda shape: shape,
+        transposed: bool = False,
+        part: Part | None = None,
     ) -> list[View]:
-        """The parts as the tensor lies that fills the parameter, or that place of it."""
+        """The devices' parts as the tensor lies that fills the parameter, or that place of it."""
         skip = 0 if place is None else 1
         return [
             # the dots make a view of one number too
-            View(memory if place is None else memory[place, ...], self.shape[skip:], list(cut[skip:]), flat, transposed)
+            View(
+                memory if place is None else memory[place, ...], self.shape[skip:], list(cut[skip:]), flat, transposed,
+                part,
+            )
             for cut, memory in self.parts.items()
-        ]
+        ]  # fmt: skip
 
     def finish(self) -> jax.Array:
         """The array on its devices. On CPU it IS the memory that was filled, so that must not be written again."""

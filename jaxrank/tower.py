@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from jaxrank.attention import settle
 from jaxrank.models.vision import VisionConfig
 from jaxrank.patch_rows import PATCH_LADDER, USUAL_PATCHES, cut_features, pack_patches, patch_bucket, plan_patches
 from jaxrank.scoring import Batched, ahead_of_time, fetched, one_by_one, side_by_side, whole_tower
@@ -78,7 +79,7 @@ class Tower:
 
     vision: a model's tower, which is taken apart. Images share rows of up to row_patches patches. mesh: the devices,
     where they are several; each copy of the weights takes a row of its own. Programs are compiled by `warm_up`, or at
-    first use.
+    first use. The tower gets its attention body here, and with it `attention` (see jaxrank.attention.settle).
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Tower:
         self.config: VisionConfig = vision.config
         self.ladder, self.row_patches = ladder, row_patches
         self.copies = 1 if mesh is None else mesh.shape[DATA]
+        self.attention = settle(vision, causal=False, dtype=vision.position.dtype, mesh=mesh)
         if mesh is not None:
             self.compile = side_by_side(*whole_tower(vision, mesh), mesh)
         else:
@@ -111,7 +113,8 @@ class Tower:
 
     def _row(self, media: Sequence[Patches], patches: int) -> PatchRow:
         config = self.config
-        return pack_patches(media, patches, values=config.values, merge=config.merge, side=config.side)
+        sizes: dict[str, int] = dict(values=config.values, merge=config.merge, side=config.side)
+        return pack_patches(media, patches, **sizes, implementation=self.attention.implementation)
 
     def _program(self, patches: int) -> Batched:
         if patches not in self.programs:

@@ -130,6 +130,41 @@ class Ranked:
     window: tuple[int, int] | None = None
 
 
+class AttentionShape(NamedTuple):
+    """A model's attention: query heads N, key/value heads K, head size H, and whether queries and keys go through
+    kernels.norm_rotary."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    norm_rotary: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Columns:
+    """Heads that lie side by side in a wider array [T, C]: its columns first * size to (first + heads) * size."""
+
+    array: Any
+    first: int = field(metadata={"static": True})
+    heads: int = field(metadata={"static": True})
+    size: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[T, heads, H], as the array of these heads alone."""
+        return len(self.array), self.heads, self.size
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def alone(self) -> jax.Array:
+        """The array [T, heads, H] of these heads."""
+        columns = self.array[:, self.first * self.size : (self.first + self.heads) * self.size]
+        return columns.reshape(self.shape)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layout:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
+from jaxrank.attention import Choice
 from jaxrank.decoding import Decoder
 from jaxrank.errors import RequestError
 from jaxrank.media import Limits, Preprocessing
@@ -66,6 +67,8 @@ class Scorer(Protocol):
     def name(self) -> str: ...
     @property
     def devices(self) -> str: ...
+    @property
+    def attention(self) -> Mapping[str, Choice]: ...
     @property
     def max_length(self) -> int: ...
     @property
@@ -276,7 +279,10 @@ class Service:
             probe_s=settings.probe_s,
         )
         self.gate = Gate(self.scheduler, settings.gate)
-        self.metrics.watch(self.scheduler, lambda: self.reranker.work, lambda: self.reranker.compilations)
+        reranker = self.reranker
+        self.metrics.watch(
+            self.scheduler, lambda: reranker.work, lambda: reranker.compilations, lambda: reranker.attention
+        )
         self.scheduler.start()
         stalls = asyncio.create_task(self.metrics.watch_event_loop())
         try:
@@ -310,7 +316,8 @@ class Service:
         return self.reranker.encode("Is it well?", ["It is."], truncate=True, cut=NO_CUT, instruct=None)
 
     def _warm_up(self) -> None:
-        log.info("%s on %s", self.reranker.name, self.reranker.devices)
+        attention = ", ".join(f"{choice} for {part}" for part, choice in self.reranker.attention.items())
+        log.info("%s on %s, attention: %s", self.reranker.name, self.reranker.devices, attention)
         stages = self.reranker.stages
         stages.lap("server")
         self.reranker.warm_up(self._progress)

@@ -77,6 +77,20 @@ class ModelType(BaseModel):
     reranker: Labels
 
 
+class FailedAttention(BaseModel):
+    """An attention body that is not in use."""
+
+    implementation: str
+    reason: str = Field(description="How it failed its check on this device at the start.")
+
+
+class Attention(BaseModel):
+    """The attention body in use."""
+
+    implementation: str
+    failed: list[FailedAttention] = Field(description="Faster ones that are not right on this device.")
+
+
 class Info(BaseModel):
     """The answer of GET /info. What is null has no counterpart here."""
 
@@ -97,6 +111,9 @@ class Info(BaseModel):
     docker_label: str | None
     max_body_bytes: int = Field(description="Size of one request.")
     score_scale: ScoreScale
+    attention: dict[str, Attention] = Field(
+        description='What computes attention: of the "text" model, and of the "vision" tower of models that see.'
+    )
 
 
 class Version(BaseModel):
@@ -163,4 +180,8 @@ class Facts:
             "docker_label": None,
             "max_body_bytes": settings.gate.max_body_bytes,
             "score_scale": self.score_scale,
+            "attention": {
+                part: {"implementation": choice.implementation, "failed": [one._asdict() for one in choice.failed]}
+                for part, choice in self.reranker.attention.items()
+            },
         }

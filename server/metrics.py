@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import perf_counter
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jaxrank.attention import Choice
 from jaxrank.server.scheduler import BatchReport, Scheduler
 from jaxrank.types import Work
 
@@ -93,9 +94,15 @@ class Metrics:
         self._pairs.inc(report.pairs - report.failed_pairs)
         self._failed.inc(report.failed_pairs)
 
-    def watch(self, scheduler: Scheduler, work: Callable[[], Work], compilations: Callable[[], int]) -> None:
+    def watch(
+        self,
+        scheduler: Scheduler,
+        work: Callable[[], Work],
+        compilations: Callable[[], int],
+        attention: Callable[[], Mapping[str, Choice]],
+    ) -> None:
         """Show the state of a queue and a model, too, as they are whenever somebody looks. Once."""
-        self.registry.register(_State(scheduler, work, compilations))
+        self.registry.register(_State(scheduler, work, compilations, attention))
 
     async def watch_event_loop(self) -> None:
         """Measure for how long the event loop serves nobody, until cancelled."""
@@ -112,10 +119,17 @@ class Metrics:
 class _State(Collector):
     """What is counted elsewhere."""
 
-    def __init__(self, scheduler: Scheduler, work: Callable[[], Work], compilations: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        work: Callable[[], Work],
+        compilations: Callable[[], int],
+        attention: Callable[[], Mapping[str, Choice]],
+    ) -> None:
         self.scheduler = scheduler
         self.work = work
         self.compilations = compilations
+        self.attention = attention
 
     def collect(self) -> Iterable[Metric]:
         scheduler, work = self.scheduler, self.work()
@@ -132,6 +146,13 @@ class _State(Collector):
         yield CounterMetricFamily(
             "jaxrank_pair_tokens", "Tokens of the scored pairs, shared ones counted for every pair.", work.pair_tokens
         )
+        bodies = InfoMetricFamily(
+            "jaxrank_attention", "The attention body in use, and those that failed on this device.", labels=["part"]
+        )
+        for part, choice in self.attention().items():
+            failed = ",".join(one.implementation for one in choice.failed)
+            bodies.add_metric([part], {"implementation": choice.implementation, "fallback_from": failed})
+        yield bodies
 
 
 class Span(Protocol):

@@ -63,11 +63,11 @@ def test_entries_have_readable_names_and_orbax_reads_them(folder):
     with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that no sharding was asked for
         tree = checkpointer.restore(folder / "weights")
-    value = checkpoint.parameters(make())["layers/0/attention/query/kernel"]
-    np.testing.assert_array_equal(np.asarray(tree["layers"]["0"]["attention"]["query"]["kernel"]), np.asarray(value))
+    value = checkpoint.parameters(make())["layers/0/attention/qkv/kernel"]
+    np.testing.assert_array_equal(np.asarray(tree["layers"]["0"]["attention"]["qkv"]["kernel"]), np.asarray(value))
     mark = json.loads((folder / "jaxrank.json").read_text())
     assert mark["family"] == CONFIG["architectures"][0]
-    assert (mark["format"], mark["dtype"]) == (1, "float32")
+    assert (mark["format"], mark["dtype"]) == (2, "float32")
 
 
 def read(folder, values):
@@ -104,9 +104,9 @@ def test_save_refuses_what_is_there_and_what_it_does_not_know(folder, tmp_path):
         (None, "no converted folder"),
         ("{", "no JSON"),
         ("[]", "says format"),
-        ('{"format": 2}', "says format 2, this jaxrank reads 1"),
-        ('{"format": 1, "family": "Bert"}', "says family 'Bert'"),
-        ('{"format": 1, "family": ["Bert"]}', "says family"),
+        ('{"format": 1}', "says format 1, this jaxrank reads 2"),
+        ('{"format": 2, "family": "Bert"}', "says family 'Bert'"),
+        ('{"format": 2, "family": ["Bert"]}', "says family"),
     ],
 )
 def test_bad_marks(folder, mark, message):

@@ -14,6 +14,7 @@ LAYERS = [
     ["kernels", "prompts", "sharding", "media", "windows"],
     ["models", "tokens", "video", "patch_rows"],
     ["packing", "patches", "decoding_child"],
+    ["attention"],
     ["scoring", "checkpoint", "decoding", "prompt_tokens"],
     ["convert", "tower", "contents", "research"],
     ["reranker"],

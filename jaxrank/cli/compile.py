@@ -20,6 +20,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compile_cache == "none":
         raise RequestError("--compile-cache none leaves nothing to do; name a folder, or leave the flag out")
     outline = model.load(arguments, arguments.model, weights=False)
+    attention = ", ".join(f"{choice} for {part}" for part, choice in outline.attention.items())
+    print(f"attention: {attention}", file=sys.stderr)
     outline.warm_up(lambda line: print(line, file=sys.stderr))
     compiled, found = outline.compiled
     print(f"{compiled} programs compiled for {outline.devices}, {found} were there, after {outline.stages}")

@@ -6,11 +6,13 @@ xla.py      tiled, for CPU; dense, the oracle, for any backend
 grid.py     spans -> (query tile, key tile) pairs, for Pallas
 tpu.py      Pallas for TPU
 triton.py   Pallas for NVIDIA GPUs, through Triton
+mosaic.py   Pallas for NVIDIA's Hopper, through Mosaic GPU; mosaic_kernel.py holds the kernel
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -20,52 +22,82 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxrank.kernels import rotary, tiles, tpu, triton, xla
+from jaxrank.kernels import mosaic, rotary, tiles, tpu, triton, xla
 from jaxrank.kernels.grid import make_grid
 from jaxrank.kernels.rotary import Rotary
 from jaxrank.kernels.tiles import LONG_ROW
-from jaxrank.types import Layout
+from jaxrank.types import Columns, Layout
 
 __all__ = [
-    "IMPLEMENTATIONS", "LONG_ROW", "attention", "is_for_cpu", "is_for_tpu", "make_layout", "norm_rotary",
-    "operand_dtype",
+    "IMPLEMENTATIONS", "LONG_ROW", "attention", "default_line", "heads_of", "is_for_cpu", "is_for_tpu", "line",
+    "make_layout", "norm_rotary", "operand_dtype",
 ]  # fmt: skip
 
 
 class Implementation(NamedTuple):
     """An attention body, what makes its tile list from spans and the number of keys, and the body of norm_rotary.
 
-    platform: the JAX backend that it runs on; None for any.
+    platform: the JAX backend that it runs on; None for any. takes_columns: whether both read Columns where they lie;
+    others get copies.
     """
 
     body: Callable[..., Array]
     make_layout: Callable[[np.ndarray, int], Layout]
     norm_rotary: Callable[..., Array] = rotary.xla
     platform: str | None = None
+    takes_columns: bool = False
 
 
 _TPU_GRID = partial(make_grid, tile_size=tpu.tile_size)
 _TRITON_GRID = partial(make_grid, tile_size=triton.tile_size, key_tile_size=triton.key_tile_size)
+_MOSAIC_GRID = partial(make_grid, tile_size=mosaic.tile_size, key_tile_size=mosaic.key_tile_size)
 
 IMPLEMENTATIONS = {
     "tiled": Implementation(xla.tiled, tiles.make_layout),
     "dense": Implementation(xla.dense, tiles.make_layout),
-    "tpu": Implementation(tpu.attention, _TPU_GRID, rotary.tpu, platform="tpu"),
+    "tpu": Implementation(tpu.attention, _TPU_GRID, rotary.tpu, platform="tpu", takes_columns=True),
     "tpu-interpreted": Implementation(
-        partial(tpu.attention, interpret=True), _TPU_GRID, partial(rotary.tpu, interpret=True)
+        partial(tpu.attention, interpret=True),
+        _TPU_GRID,
+        partial(rotary.tpu, interpret=True),
+        takes_columns=True,
     ),
-    "triton": Implementation(triton.attention, _TRITON_GRID, platform="gpu"),
-    "triton-interpreted": Implementation(partial(triton.attention, interpret=True), _TRITON_GRID),
+    "triton": Implementation(triton.attention, _TRITON_GRID, rotary.gpu, platform="gpu"),
+    "triton-interpreted": Implementation(partial(triton.attention, interpret=True), _TRITON_GRID, rotary.gpu),
 }
-"""By name; the interpreted ones run anywhere, slowly, and are for tests."""
+if mosaic.AVAILABLE:
+    IMPLEMENTATIONS |= {
+        "mosaic": Implementation(mosaic.attention, _MOSAIC_GRID, rotary.gpu, platform="gpu"),
+        "mosaic-interpreted": Implementation(partial(mosaic.attention, interpret=True), _MOSAIC_GRID, rotary.gpu),
+    }
+"""By name; the interpreted ones run anywhere, slowly, and are for tests. Mosaic's are there from jax 0.11.2 on."""
+
+
+def line(platform: str, capability: str, dtype: DTypeLike, names: Collection[str]) -> tuple[str, ...]:
+    """The attention bodies for a kind of device, the fastest first; the last is "tiled", which runs everywhere.
+
+    platform: "cpu", "gpu" or "tpu". capability: the compute capability of an NVIDIA GPU, such as "9.0"; those of other
+    makers have none, or a name. dtype: of q, k and v. names: the implementations that there are; others are left out.
+    """
+    found = re.fullmatch(r"(\d+)\.(\d+)", capability) if platform == "gpu" else None
+    compute = (int(found[1]), int(found[2])) if found else (0, 0)
+    fast = ["tpu"] if platform == "tpu" else []
+    if compute == (9, 0) and jnp.dtype(dtype) == jnp.bfloat16:  # Hopper's own instructions, in bfloat16 alone
+        fast.append("mosaic")
+    if compute >= (8, 0):
+        fast.append("triton")
+    return (*(name for name in fast if name in names), "tiled")
+
+
+def default_line(dtype: DTypeLike) -> tuple[str, ...]:
+    """The line for the default device; dtype: of q, k and v."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    return line(jax.default_backend(), str(capability), dtype, IMPLEMENTATIONS)
 
 
 def pick(implementation: str | None) -> Implementation:
-    """The one of that name, or for None the default device's: Pallas on TPU, XLA elsewhere.
-
-    On NVIDIA GPUs, too, until "triton" has been measured on one.
-    """
-    name = implementation or {"tpu": "tpu"}.get(jax.default_backend(), "tiled")
+    """The one of that name, or for None the first in the default device's line that takes every dtype."""
+    name = implementation or default_line(jnp.float32)[0]
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention: implementation {name!r} is unknown; one of {sorted(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name]
@@ -77,9 +109,9 @@ def make_layout(spans: Int32[np.ndarray, "R 4"], keys: int, implementation: str 
 
 
 def attention(
-    q: Float[Array, "R N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    q: Float[Array, "R N H"] | Columns,
+    k: Float[Array, "T K H"] | Columns,
+    v: Float[Array, "T K H"] | Columns,
     layout: Layout,
     *,
     scale: float,
@@ -88,21 +120,26 @@ def attention(
     """Softmax attention of R query rows over a packed row of T keys, as `layout` allows.
 
     The result has q's dtype; products, softmax and sums are float32. Rows whose spans are empty give 0.
-    N must be a multiple of K (grouped-query attention). `implementation` names one of IMPLEMENTATIONS, None is the
-    default device's; `layout` must have been made for the same.
+    N must be a multiple of K (grouped-query attention): query head n looks at key head n mod K. `implementation` names
+    one of IMPLEMENTATIONS, None is as in `pick`; `layout` must have been made for the same.
     """
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention: got q {q.shape}, k {k.shape}, v {v.shape}; want [R, N, H], [T, K, H], [T, K, H], N % K == 0"
         )
     chosen = pick(implementation)
-    if (layout.tiles.ndim == 1) != (chosen.make_layout is not tiles.make_layout):
+    alike = chosen.make_layout(np.zeros((len(q), 4), np.int32), len(k))
+    if (layout.tiles.shape, layout.starts.shape) != (alike.tiles.shape, alike.starts.shape):
         raise ValueError("attention: the layout was made for another implementation; see make_layout")
-    return chosen.body(q, k, v, layout, scale=scale)
+    return chosen.body(*(_as_taken(x, chosen) for x in (q, k, v)), layout, scale=scale)
+
+
+def _as_taken(x: Array | Columns, implementation: Implementation) -> Array | Columns:
+    return x.alone() if isinstance(x, Columns) and not implementation.takes_columns else x
 
 
 def norm_rotary(
-    x: Float[Array, "R N H"],
+    x: Float[Array, "R N H"] | Columns,
     scale: Float32[Array, " H"],
     by: Rotary,
     *,
@@ -111,15 +148,23 @@ def norm_rotary(
     implementation: str | None = None,
 ) -> Float[Array, "R N H"]:
     """Every head over its root mean square (eps under the root) and times scale, then dimensions i and i + H/2 turned
-    by the angle i of the row: queries and keys as Qwen3 attends with them. Computed in float32; the result is in
-    dtype.
+    by the angle i of the row: queries and keys as Qwen3 attends with them. In float32; the result is in dtype.
     """
     if x.shape[2:] != scale.shape or not x.shape[::2] == by.cos.shape == by.sin.shape:
         raise ValueError(
             f"norm_rotary: got x {x.shape}, scale {scale.shape}, tables {by.cos.shape}, {by.sin.shape}; "
             "want [R, N, H], [H], [R, H], [R, H]"
         )
-    return pick(implementation).norm_rotary(x, scale, by, eps=eps, dtype=dtype)
+    chosen = pick(implementation)
+    return chosen.norm_rotary(_as_taken(x, chosen), scale, by, eps=eps, dtype=dtype)
+
+
+def heads_of(
+    x: Float[Array, "R C"], first: int, heads: int, size: int, implementation: str | None
+) -> Float[Array, "R heads H"] | Columns:
+    """Heads first to first + heads of x, as that implementation reads them with the fewest copies."""
+    found = Columns(x, first, heads, size)
+    return found if pick(implementation).takes_columns else found.alone()
 
 
 def is_for_cpu(implementation: str | None) -> bool:

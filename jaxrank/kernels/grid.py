@@ -10,12 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int32
+from jax import lax
+from jaxtyping import Array, Bool, Int32, Int64
 
 from jaxrank.types import Layout
 
-FIRST, LAST = 1, 2
-"""Bits of an item: the first and the last key tile of its query tile. Above them 14 bits of each tile's number."""
+FIRST, LAST, FULL = 1, 2, -1 << 31
+"""Bits of an item: the first and the last key tile of its query tile; every row sees every key, so that no mask is
+needed. FULL is the sign: such items are below 0. Between them are 14 bits of each tile's number."""
+
+
+def query_tile(item: Array) -> Array:
+    """The number of an item's query tile, inside a kernel: shifts and masks are safe there, division is not."""
+    return lax.shift_right_logical(item, 16) & 0x3FFF
+
+
+def key_tile(item: Array) -> Array:
+    """The number of its key tile."""
+    return lax.shift_right_logical(item, 2) & 0x3FFF
 
 
 def make_grid(
@@ -24,7 +36,7 @@ def make_grid(
     tile_size: Callable[[int], int],
     key_tile_size: Callable[[int], int] | None = None,
 ) -> Layout:
-    """The layout of an attention call over `keys` keys, tiles[i] being a packed (query tile, key tile, last, first).
+    """The layout of an attention call over `keys` keys; tiles[i] packs (full, query tile, key tile, last, first).
 
     tile_size: rows of a query tile, for an array of that many rows; the last tile may reach beyond the array.
     key_tile_size: the same of a key tile, if it differs.
@@ -34,19 +46,44 @@ def make_grid(
     rows = len(spans)
     height, width = tile_size(rows), (key_tile_size or tile_size)(keys)
     down, across = -(-rows // height), -(-keys // width)
-    tile_of_row = np.arange(rows) // height * (across + 1)
+    first_pair = np.repeat(np.arange(down) * (across + 1), height)[:rows]
     edges = np.zeros(down * (across + 1), np.int64)
-    for lo, hi in ((spans[:, 0], spans[:, 1]), (spans[:, 2], spans[:, 3])):
+    columns = np.ascontiguousarray(spans.T)
+    for lo, hi in (columns[:2], columns[2:]):
         seen = hi > lo
-        edges += np.bincount(tile_of_row[seen] + lo[seen] // width, minlength=len(edges))
-        edges -= np.bincount(tile_of_row[seen] + (hi[seen] - 1) // width + 1, minlength=len(edges))
+        edges += np.bincount((first_pair + lo // width)[seen], minlength=len(edges))
+        edges -= np.bincount((first_pair + (hi - 1) // width + 1)[seen], minlength=len(edges))
     hit = np.cumsum(edges.reshape(down, across + 1), 1)[:, :across] > 0
     hit[~hit.any(1), 0] = True
-    query_tile, key_tile = np.nonzero(hit)
+    query_tiles, key_tiles = np.nonzero(hit)
     starts = np.concatenate([[0], np.cumsum(hit.sum(1))]).astype(np.int32)
-    items = query_tile << 16 | key_tile << 2
+    items = query_tiles << 16 | key_tiles << 2
     items[starts[:-1]] |= FIRST
     items[starts[1:] - 1] |= LAST
+    items[_is_full(columns, np.arange(0, rows, height), query_tiles, key_tiles * width, width)] |= FULL
     tiles = np.zeros(down * across, np.int32)
     tiles[: len(items)] = items
     return Layout(spans=spans, tiles=tiles, starts=starts)
+
+
+def _is_full(
+    columns: Int32[np.ndarray, "4 R"],
+    first_rows: Int64[np.ndarray, " tiles"],
+    query_tiles: Int64[np.ndarray, " I"],
+    first_keys: Int64[np.ndarray, " I"],
+    width: int,
+) -> Bool[np.ndarray, " I"]:
+    """Of which pairs of tiles every row of the array sees every key.
+
+    A row of filler sees none, and rows beyond the array do not count, since nobody reads what comes of them. Spans are
+    intersected over the rows of a query tile, the first ones and the second ones apart: a pair that rows see through
+    different spans may be missed, and is then masked for nothing.
+    """
+    a0, a1, b0, b1 = columns
+    alone = a1 <= a0
+    joined = alone | (a1 == b0)  # one span, as where a prefix ends at the document
+    full = np.zeros(len(query_tiles), bool)
+    for lo, hi in ((np.where(alone, b0, a0), np.where(joined, b1, a1)), (b0, b1)):
+        lo, hi = np.maximum.reduceat(lo, first_rows), np.minimum.reduceat(hi, first_rows)
+        full |= (lo[query_tiles] <= first_keys) & (first_keys + width <= hi[query_tiles])
+    return full

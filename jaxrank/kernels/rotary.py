@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxrank.types import ArrayLike
+from jaxrank.types import ArrayLike, Columns
 
 LANES = 128
 ROWS = 256
@@ -81,13 +81,23 @@ def turn(x: Float32[Array, "R N H"], by: Rotary) -> Float32[Array, "R N H"]:
 def xla(
     x: Float[Array, "R N H"], scale: Float32[Array, " H"], by: Rotary, *, eps: float, dtype: DTypeLike
 ) -> Float[Array, "R N H"]:
-    """The norm, then the turn, which XLA makes one."""
+    """The norm, then the turn, which XLA makes one on CPU."""
     x = x.astype(jnp.float32)
     return turn(x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale, by).astype(dtype)
 
 
+def gpu(
+    x: Float[Array, "R N H"], scale: Float32[Array, " H"], by: Rotary, *, eps: float, dtype: DTypeLike
+) -> Float[Array, "R N H"]:
+    """The same in two passes over x. Without the barrier, XLA's GPU backend writes the normalised x in float32 and
+    reads it again to turn it."""
+    x = x.astype(jnp.float32)
+    inverse = lax.optimization_barrier(lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps))
+    return turn(x * inverse * scale, by).astype(dtype)
+
+
 def tpu(
-    x: Float[Array, "R N H"],
+    x: Float[Array, "R N H"] | Columns,
     scale: Float32[Array, " H"],
     by: Rotary,
     *,
@@ -95,30 +105,35 @@ def tpu(
     dtype: DTypeLike,
     interpret: bool = False,
 ) -> Float[Array, "R N H"]:
-    """Heads that are no whole blocks of lanes, which no published model has, go through XLA."""
+    """In Pallas. Columns are read where they lie. Heads that are no whole blocks of lanes, which no published model
+    has, go through XLA."""
     rows, heads, size = x.shape
+    if isinstance(x, Columns) and (size % LANES or x.first % heads):
+        x = x.alone()
+    array, at = (x.array, x.first // heads) if isinstance(x, Columns) else (x, 0)
     if size % LANES:
-        return xla(x, scale, by, eps=eps, dtype=dtype)
+        return xla(array, scale, by, eps=eps, dtype=dtype)
     height = min(ROWS, rows)  # the last block may reach beyond the array: rows do not mix, and those are not kept
-    all_heads = pl.BlockSpec((height, heads * size), lambda i: (i, 0))
+    all_heads = pl.BlockSpec((height, heads * size), lambda i: (i, at))
+    out_heads = pl.BlockSpec((height, heads * size), lambda i: (i, 0))
     table = pl.BlockSpec((height, size), lambda i: (i, 0))
     out = pl.pallas_call(
         functools.partial(_kernel, eps=eps),
         out_shape=jax.ShapeDtypeStruct((rows, heads * size), dtype),
         grid=(pl.cdiv(rows, height),),
         in_specs=[all_heads, pl.BlockSpec((1, size), lambda i: (0, 0)), table, table],
-        out_specs=all_heads,
+        out_specs=out_heads,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
         name="norm_rotary",
-    )(x.reshape(rows, -1), scale[None], by.cos, by.sin)
+    )(array.reshape(rows, -1), scale[None], by.cos, by.sin)
     return out.reshape(rows, heads, size)
 
 
 def _kernel(x, scale, cos, sin, out, *, eps: float):
     """A block of rows, head by head."""
     size = cos.shape[1]
-    for at in range(0, x.shape[1], size):
+    for at in range(0, out.shape[1], size):
         y = x[:, at : at + size].astype(jnp.float32)
         y = y * lax.rsqrt(jnp.square(y).mean(1, keepdims=True) + eps) * scale[...]
         out[:, at : at + size] = (y * cos[...] + pltpu.roll(y, size // 2, 1) * sin[...]).astype(out.dtype)

@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from jaxrank.kernels.grid import FIRST, LAST
-from jaxrank.types import Layout
+from jaxrank.kernels.grid import FIRST, LAST, key_tile, query_tile
+from jaxrank.types import Columns, Layout
 
 TILES = (256, 128)
 LANES = 128
@@ -35,41 +35,46 @@ def tile_size(rows: int) -> int:
 
 
 def attention(
-    q: Float[Array, "R N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    q: Float[Array, "R N H"] | Columns,
+    k: Float[Array, "T K H"] | Columns,
+    v: Float[Array, "T K H"] | Columns,
     layout: Layout,
     *,
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "R N H"]:
     """Heads narrower than 128 lanes share a block of lanes where every query head has its own keys, and 128 / H is
-    whole; others are padded to 128."""
+    whole; others are padded to 128. Columns are read where they lie, if nothing is padded."""
     rows, heads, size = q.shape
     keys, kv_heads, _ = k.shape
     if size % LANES and not (heads == kv_heads and LANES % size == 0 and heads * size % LANES == 0):
         wide = -(-size // LANES) * LANES
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, wide - size))) for x in (q, k, v))
+        q, k, v = (jnp.pad(_alone(x), ((0, 0), (0, 0), (0, wide - size))) for x in (q, k, v))
         return attention(q, k, v, layout, scale=scale, interpret=interpret)[..., :size]
     height, width = tile_size(rows), tile_size(keys)
-    spans = jnp.asarray(layout.spans)
-    q, spans = (_pad_rows(x, height) for x in (q.reshape(rows, -1), spans))
-    k, v = (_pad_rows(x.reshape(keys, -1), width) for x in (k, v))
-    query_block = pl.BlockSpec((height, q.shape[1]), lambda i, items: (lax.shift_right_logical(items[i], 16), 0))
-    spans_block = pl.BlockSpec((height, 4), lambda i, items: (lax.shift_right_logical(items[i], 16), 0))
-    key_block = pl.BlockSpec((width, k.shape[1]), lambda i, items: (_key_tile(items[i]), 0))
+    spans = _pad_rows(jnp.asarray(layout.spans), height)
+    (q, query_at), (k, key_at), (v, value_at) = (
+        _in_columns(x, tile) for x, tile in ((q, height), (k, width), (v, width))
+    )
+    wide, narrow = heads * size, kv_heads * size
+    query_block = pl.BlockSpec((height, wide), lambda i, items: (query_tile(items[i]), query_at))
+    out_block = pl.BlockSpec((height, wide), lambda i, items: (query_tile(items[i]), 0))
+    spans_block = pl.BlockSpec((height, 4), lambda i, items: (query_tile(items[i]), 0))
+    key_block, value_block = (
+        pl.BlockSpec((width, narrow), lambda i, items, at=at: (key_tile(items[i]), at)) for at in (key_at, value_at)
+    )
     out = pl.pallas_call(
-        functools.partial(_kernel, size=size, groups=heads // kv_heads, scale=scale),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        functools.partial(_kernel, size=size, kv_heads=kv_heads, scale=scale),
+        out_shape=jax.ShapeDtypeStruct((len(spans), wide), q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(jnp.asarray(layout.starts)[-1],),
-            in_specs=[spans_block, query_block, key_block, key_block],
-            out_specs=query_block,
+            in_specs=[spans_block, query_block, key_block, value_block],
+            out_specs=out_block,
             scratch_shapes=[
                 pltpu.VMEM((heads, height, LANES), jnp.float32),
                 pltpu.VMEM((heads, height, LANES), jnp.float32),
-                pltpu.VMEM((height, q.shape[1]), jnp.float32),
+                pltpu.VMEM((height, wide), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
@@ -79,8 +84,15 @@ def attention(
     return out[:rows].reshape(rows, heads, size)
 
 
-def _key_tile(item: Array) -> Array:
-    return lax.shift_right_logical(item, 2) & 0x3FFF
+def _alone(x: Array | Columns) -> Array:
+    return x.alone() if isinstance(x, Columns) else x
+
+
+def _in_columns(x: Array | Columns, tile: int) -> tuple[Float[Array, "T C"], int]:
+    """An array of whole tiles of rows, and which of its blocks of columns, as wide as the heads, holds them."""
+    if isinstance(x, Columns) and len(x.array) % tile == 0 and x.first % x.heads == 0:
+        return x.array, x.first // x.heads
+    return _pad_rows(_alone(x).reshape(x.shape[0], -1), tile), 0
 
 
 def _pad_rows(x: Array, tile: int) -> Array:
@@ -88,12 +100,12 @@ def _pad_rows(x: Array, tile: int) -> Array:
     return jnp.pad(x, ((0, -len(x) % tile), (0, 0)))
 
 
-def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, groups: int, scale: float):
+def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, kv_heads: int, scale: float):
     """One (query tile, key tile). highest and total, [N, B, 128], hold a row's running maximum and sum in every lane;
     sums, [B, N * H], what it has drawn so far."""
     item = items[pl.program_id(0)]
     width = k.shape[0]
-    keys = _key_tile(item) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    keys = key_tile(item) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
     a0, a1, b0, b1 = (spans[:, i : i + 1] for i in range(4))
     allowed = ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
     block = max(size, LANES)
@@ -102,7 +114,7 @@ def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, grou
     def step(first: bool) -> None:
         for head in range(q.shape[1] // size):
             at = head * size // block * block
-            kv_at = head // groups * size // block * block
+            kv_at = head % kv_heads * size // block * block
             query, mine = q[:, at : at + block], None
             if size < block:  # the other heads of this block of lanes count as zeros
                 place = head * size - at

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from jaxrank.kernels.grid import key_tile
 from jaxrank.types import Layout
 
 TILE, KEY_TILE = 128, 64
@@ -43,18 +44,21 @@ def attention(
     *,
     scale: float,
     interpret: bool = False,
+    tiles: tuple[int, int] | None = None,
 ) -> Float[Array, "R N H"]:
-    """Head sizes that are no power of 2, and rows and keys that are no whole tiles, are padded."""
+    """Head sizes that are no power of 2, and rows and keys that are no whole tiles, are padded.
+
+    tiles: rows of a query tile and of a key tile, powers of 2, where the layout was not made with the sizes above.
+    """
     rows, heads, size = q.shape
     keys, kv_heads, _ = k.shape
-    height, width = tile_size(rows), key_tile_size(keys)
+    height, width = tiles or (tile_size(rows), key_tile_size(keys))
     wide = max(16, 1 << (size - 1).bit_length())
     q = jnp.pad(q, ((0, -rows % height), (0, 0), (0, wide - size)))
     k, v = (jnp.pad(x, ((0, -keys % width), (0, 0), (0, wide - size))) for x in (k, v))
     spans = jnp.pad(jnp.asarray(layout.spans), ((0, -rows % height), (0, 0)))
-    groups = heads // kv_heads
     one_head = pl.BlockSpec((height, None, wide), lambda tile, head: (tile, head, 0))
-    all_keys = pl.BlockSpec((k.shape[0], None, wide), lambda tile, head: (0, lax.div(head, groups), 0))
+    all_keys = pl.BlockSpec((k.shape[0], None, wide), lambda tile, head: (0, lax.rem(head, kv_heads), 0))
     whole = pl.BlockSpec(None, None)
     out = pl.pallas_call(
         functools.partial(_kernel, width=width, scale=scale, interpret=interpret),
@@ -79,7 +83,7 @@ def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float, int
     piece, precision = width, None
     if q.dtype == jnp.float32:
         # three TF32 products keep float32 to about 1e-6; one would keep 10 bits, and FMAs would spill
-        piece = max(16, width // 2)
+        piece = max(16, min(width, KEY_TILE) // 2)
         precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
     def within(keys: Array, start: Array, end: Array) -> Array:
@@ -97,16 +101,19 @@ def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float, int
         drawn = plgpu.dot(weights.astype(v.dtype), v[pl.ds(first, piece), :], precision=precision)
         return higher, total * shrink + weights.sum(1), sums * shrink[:, None] + drawn
 
-    def one_item(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        first = (lax.shift_right_logical(items[i], 2) & 0x3FFF) * width
-        for at in range(0, width, piece):
+    step = min(width, KEY_TILE)
+    steps = width // step
+
+    def one_step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        first = key_tile(items[lax.div(i, steps)]) * width + lax.rem(i, steps) * step
+        for at in range(0, step, piece):
             carry = some_keys(first + at, carry)
         return carry
 
     none = jnp.zeros(height, jnp.float32)
     # the maximum starts below all scores but above MASKED, which so weighs 0 even in a row that has seen no key yet
     carry = (none + MASKED / 2, none, jnp.zeros((height, wide), jnp.float32))
-    _, total, sums = lax.fori_loop(starts[tile], starts[tile + 1], one_item, carry)
+    _, total, sums = lax.fori_loop(starts[tile] * steps, starts[tile + 1] * steps, one_step, carry)
     out[...] = (sums / jnp.where(total > 0, total, 1.0)[:, None]).astype(out.dtype)
 
 

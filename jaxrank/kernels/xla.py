@@ -33,11 +33,11 @@ def dense(
     rows, heads, size = q.shape
     groups = heads // k.shape[1]
     allowed = _allowed(jnp.asarray(layout.spans), jnp.arange(k.shape[0]))
-    grouped = q.reshape(rows, k.shape[1], groups, size)
-    scores = jnp.einsum("RKGH,TKH->KGRT", grouped, k, preferred_element_type=jnp.float32) * scale
+    grouped = q.reshape(rows, groups, k.shape[1], size)
+    scores = jnp.einsum("RGKH,TKH->KGRT", grouped, k, preferred_element_type=jnp.float32) * scale
     weights, total = _softmax_rows(scores.reshape(k.shape[1], groups * rows, -1), jnp.tile(allowed, (groups, 1)))
     weights = (weights / total).reshape(scores.shape)
-    out = jnp.einsum("KGRT,TKH->RKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("KGRT,TKH->RGKH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -61,8 +61,8 @@ def tiled(
         def body(i: Array, out: Array) -> Array:
             q0, r0, r1, a0, an, b0, bn = tiles[i]
             old = jax.lax.dynamic_slice_in_dim(out, q0, height, 0)
-            query = old.astype(q.dtype).reshape(height, kv_heads, groups, size)
-            query = query.transpose(1, 2, 0, 3).reshape(kv_heads, groups * height, size)
+            query = old.astype(q.dtype).reshape(height, groups, kv_heads, size)
+            query = query.transpose(2, 1, 0, 3).reshape(kv_heads, groups * height, size)
             mine = jax.lax.dynamic_slice_in_dim(spans, q0, height, 0)
 
             def piece(p: Array | int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -86,7 +86,7 @@ def tiled(
             pieces = (an + bn + window - 1) // window
             _, total, sums = jax.lax.fori_loop(0, pieces, piece, carry) if any_keys else piece(0, carry)
             new = (sums / jnp.where(total > 0, total, 1.0)).reshape(kv_heads, groups, height, size)
-            new = new.transpose(2, 0, 1, 3).reshape(height, heads, size)
+            new = new.transpose(2, 1, 0, 3).reshape(height, heads, size)
             row = q0 + jnp.arange(height)
             kept = ((row >= r0) & (row < r1))[:, None, None]
             return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(kept, new, old), q0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import LONG_ROW, is_for_cpu
+from jaxrank.kernels import LONG_ROW, is_for_cpu, operand_dtype
 from jaxrank.models.quantized import Matrix, Quantized
 from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike
@@ -40,15 +41,18 @@ def weight(
     dtype: DTypeLike,
     *,
     shard: int | None = None,
+    members: int = 1,
+    size: int = 1,
     scale_over: Sequence[int] = (),
 ) -> nnx.Param[Array]:
     """A normal-distributed parameter, for training from scratch and tests; zeros without rngs, for outlines.
 
-    Axes are counted from the last. shard: the one that several devices share (see jaxrank.sharding). scale_over: those
+    Axes are counted from the last. shard: the one that several devices share, with so many members side by side, of
+    heads of that size (see jaxrank.sharding). scale_over: those
     that share a scale where the parameter is quantised, the ones that products sum over, or a table's columns; without
     any it never is.
     """
-    declared: dict[str, Any] = {"shard": shard, "scale_over": tuple(scale_over)}
+    declared: dict[str, Any] = dict(shard=shard, members=members, size=size, scale_over=tuple(scale_over))
     if rngs is None:
         return nnx.Param(jnp.zeros(tuple(shape), dtype), **declared)
     values = jax.random.normal(rngs.params(), tuple(shape), jnp.float32).astype(dtype) * INIT_SCALE
@@ -58,13 +62,29 @@ def weight(
 def einsum(spec: str, x: Array, kernel: Matrix) -> Float32[Array, ...]:
     """A product with float32 accumulation and result, whatever the operands' dtype. The kernel's axes that are not
     summed over are the result's last.
-
-    Free on TPU and GPU; on CPU it is what reaches XLA's bfloat16 kernels.
     """
     if isinstance(kernel, Quantized):
         product = einsum(spec, x, kernel.values.astype(x.dtype))
         return product * kernel.scale.reshape(product.shape[1:])
     return jnp.einsum(spec, x, kernel, preferred_element_type=jnp.float32)
+
+
+def rounded_product(
+    x: Float[Array, "R D"], kernel: Matrix, implementation: str | None, bias: Float32[Array, " F"] | None = None
+) -> Float[Array, "R F"]:
+    """x @ kernel [D, F] + bias for what is rounded to the kernel's dtype at once; accumulated in float32.
+
+    On accelerators the result has that dtype: a float32 one would be written and read besides. On CPU it is float32,
+    which is what reaches XLA's bfloat16 kernels. implementation: that of attention.
+    """
+    dtype = operand_dtype(kernel.dtype, implementation)
+    if isinstance(kernel, Quantized):
+        product = einsum("RD,DF->RF", x.astype(kernel.dtype), kernel)
+    else:
+        product = jnp.einsum("RD,DF->RF", x.astype(kernel.dtype), kernel, preferred_element_type=dtype)
+    if bias is not None:
+        product += bias.astype(product.dtype)
+    return product.astype(dtype)
 
 
 def table_rows(
@@ -81,42 +101,50 @@ def table_rows(
 
 
 class Projection(nnx.Module):
-    """x @ kernel + bias with any number of axes on either side; the result is float32.
+    """x @ kernel [D, F] + bias [F]; the result is float32. F = 0 stands for a kernel [D] and one number a row.
 
-    shard: the letter in spec of the axis that several devices share. quantizes: whether --quantization is for it.
+    shard: the axis of the kernel that several devices share, -2 for D, -1 for F; members, size: as `weight` has them.
+    quantizes: whether --quantization is for it.
     """
 
     def __init__(
         self,
-        spec: str,
-        shape: tuple[int, ...],
-        bias: tuple[int, ...],
+        wide: int,
+        out: int,
         dtype: DTypeLike,
         rngs: nnx.Rngs | None,
         *,
-        shard: str = "",
+        shard: int | None = None,
+        members: int = 1,
+        size: int = 1,
         quantizes: bool = False,
     ):
-        self.spec = spec
-        _, kernel, out = spec.replace("->", ",").split(",")
-        self.kernel = weight(
-            rngs,
-            shape,
-            dtype,
-            shard=kernel.index(shard) - len(kernel) if shard else None,
-            scale_over=[i - len(kernel) for i, axis in enumerate(kernel) if axis not in out] if quantizes else (),
-        )
-        cut = shard and shard in out
-        self.bias = nnx.Param(jnp.zeros(bias, jnp.float32), shard=out.index(shard) - len(out) if cut else None)
-        self.sums_shards = bool(shard) and not cut
+        cut: dict[str, Any] = dict(members=members, size=size)
+        shape = (wide, out) if out else (wide,)
+        self.kernel = weight(rngs, shape, dtype, shard=shard, scale_over=(-2,) if quantizes else (), **cut)
+        self.bias = nnx.Param(jnp.zeros(shape[1:], jnp.float32), shard=-1 if shard == -1 else None, **cut)
+        self.sums_shards = shard == -2
 
     def __call__(self, x: Array) -> Float32[Array, "R ..."]:
-        product = einsum(self.spec, x.astype(self.kernel.dtype), self.kernel[...])
+        product = einsum("RD,D...->R...", x.astype(self.kernel.dtype), self.kernel[...])
         return (sum_over_shards(product) if self.sums_shards else product) + self.bias[...]
+
+    def add_to(self, x: Float32[Array, "R F"], y: Array) -> Float32[Array, "R F"]:
+        """x + y @ kernel + bias, in this order: XLA then adds x where it makes the product, and reads it no more."""
+        product = einsum("RD,DF->RF", y.astype(self.kernel.dtype), self.kernel[...])
+        return x + (sum_over_shards(product) if self.sums_shards else product) + self.bias[...]
+
+    def rounded(self, x: Array, implementation: str | None) -> Float32[Array, "R F"]:
+        """The same where no device has a part of the sum, from a product that is rounded at once."""
+        return rounded_product(x, self.kernel[...], implementation).astype(jnp.float32) + self.bias[...]
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over D in float32 (Ba, Kiros, Hinton 2016)."""
+    """Layer normalisation over D in float32 (Ba, Kiros, Hinton 2016).
+
+    The variance is the mean of squares less the square of the mean, so that one pass finds both. It keeps float32's
+    precision where the mean is not many times the deviation, as in a residual stream.
+    """
 
     def __init__(self, width: int, eps: float):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
@@ -124,9 +152,9 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
+        return (x - mean) * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
 
 
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
@@ -145,24 +173,30 @@ def save_memory(rows: int, implementation: str | None) -> bool:
 
 
 def in_runs(
-    f: Callable[..., Array],
-    out: Float[Array, "R ..."],
+    f: Callable[..., Any],
+    out: Any,
     *sources: Shaped[ArrayLike, "R ..."],
     used: ArrayLike,
     implementation: str | None,
-) -> Float[Array, "R ..."]:
-    """f(out, *sources) for an f that treats every row alone and returns what takes the place of `out`.
+) -> Any:
+    """f(out, *sources) for an f that treats every row alone and returns what takes the place of `out`: an array
+    [R, ...], or several; zeros of their shapes where `out` is None.
 
     Where memory is saved, rows go through f in runs, and only as many as hold the first `used` rows: the others stay
     what they are.
     """
-    if not save_memory(len(out), implementation):
+    rows = len(sources[0] if out is None else out)
+    if not save_memory(rows, implementation):
         return f(out, *sources)
-    size = next(n for n in range(RUN, 0, -1) if len(out) % n == 0)
+    if out is None:
+        shapes = jax.eval_shape(partial(f, None), *sources)
+        out = jax.tree.map(lambda made: jnp.zeros(made.shape, made.dtype), shapes)
+    size = next(n for n in range(RUN, 0, -1) if rows % n == 0)
 
-    def one_run(i: Array, out: Array) -> Array:
-        runs = (jax.lax.dynamic_slice_in_dim(y, i * size, size) for y in (out, *sources))
-        return jax.lax.dynamic_update_slice_in_dim(out, f(*runs), i * size, 0)
+    def one_run(i: Array, out: Any) -> Any:
+        runs = jax.tree.map(lambda y: jax.lax.dynamic_slice_in_dim(y, i * size, size), (out, *sources))
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
+        return jax.tree.map(put, out, f(*runs))
 
     return jax.lax.fori_loop(0, (used + size - 1) // size, one_run, out)
 
@@ -184,27 +218,48 @@ def add_by_heads(
     return jax.lax.fori_loop(0, heads // group, lambda i, x: add(i, group, x), x)
 
 
-def some_heads(weights: nnx.Variable[Any], i: Array | int, group: int, axis: int) -> Any:
-    """Heads i * group to (i + 1) * group of weights that have them on that axis."""
+def some_heads(
+    weights: Any,
+    i: Array | int,
+    group: int,
+    size: int,
+    members: int,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    axis: int = -1,
+) -> Any:
+    """Of members start to stop on that axis of weights, key heads i * group to (i + 1) * group, each of that size."""
+    stop = members if stop is None else stop
 
     def some(part: Array) -> Array:
-        return part if part.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(part, i * group, group, axis)
+        at = part.ndim + axis
+        if part.shape[at] == 1:  # of int8 weights: a scale for all heads
+            return part
+        heads = part.shape[at] // (members * size)
+        if group == heads and (start, stop) == (0, members):
+            return part
+        apart = part.reshape(*part.shape[:at], members, heads, size, *part.shape[at + 1 :])
+        apart = jax.lax.slice_in_dim(apart, start, stop, axis=at)
+        if group < heads:
+            apart = jax.lax.dynamic_slice_in_dim(apart, i * group, group, at + 1)
+        return apart.reshape(*part.shape[:at], -1, *part.shape[at + 1 :])
 
-    return jax.tree.map(some, weights[...])  # of int8 weights: the scales too, which may be one for all heads
+    return jax.tree.map(some, weights)
 
 
 def add_drawn(
     x: Float[Array, "R D"],
     drawn: Float[Array, "R heads H"],
-    out: Float[Array, "heads H D"] | Quantized,
+    out: Matrix,
     *,
     used: ArrayLike,
     implementation: str | None,
 ) -> Float[Array, "R D"]:
-    """x plus what these heads have drawn, through their part of the output projection."""
+    """x plus what these heads have drawn, through their part [heads * H, D] of the output projection."""
 
     def some(x: Array, drawn: Array) -> Array:
-        return x + sum_over_shards(einsum("RNH,NHD->RD", drawn.astype(out.dtype), out))
+        return x + sum_over_shards(einsum("RF,FD->RD", drawn.reshape(len(drawn), -1).astype(out.dtype), out))
 
     return in_runs(some, x, drawn, used=used, implementation=implementation)
 

@@ -9,6 +9,7 @@ vector.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import attention, norm_rotary, operand_dtype
+from jaxrank.kernels import attention, heads_of, norm_rotary, operand_dtype
 from jaxrank.kernels.rotary import Rotary, rotary
 from jaxrank.models.layers import (
     add_by_heads,
@@ -27,14 +28,14 @@ from jaxrank.models.layers import (
     einsum,
     in_runs,
     refuse,
+    rounded_product,
     run_layers,
     some_heads,
     table_rows,
     weight,
 )
-from jaxrank.models.quantized import Matrix
 from jaxrank.sharding import sum_over_shards
-from jaxrank.types import ArrayLike, Config, Layout, Packed
+from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, Packed
 
 PUBLISHED_LENGTH = 8192
 """The publisher's own longest prompt, in tokens. The models' position limit is far above."""
@@ -57,6 +58,10 @@ class Qwen3Config:
     @property
     def default_length(self) -> int:
         return min(PUBLISHED_LENGTH, self.max_length)
+
+    @property
+    def attention(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.kv_heads, self.head_size, norm_rotary=True)
 
     @classmethod
     def read(cls, config: Config) -> Qwen3Config:
@@ -116,18 +121,22 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with queries and keys normalised per head before they are turned."""
+    """Grouped-query attention with queries and keys normalised per head before they are turned.
+
+    Queries, keys and values are one product: its kernel has G members of queries, one of keys and one of values. Query
+    head g * K + k looks at key head k, so that devices can share the key heads out, each with its query heads.
+    """
 
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
-        wide, size = config.width, config.head_size
+        wide, size, queries = config.width, config.head_size, config.heads // config.kv_heads
         self.norm = RMSNorm(wide, config.eps)
-        self.query = weight(rngs, (wide, config.heads, size), dtype, shard=-2, scale_over=(-3,))
-        self.key = weight(rngs, (wide, config.kv_heads, size), dtype, shard=-2, scale_over=(-3,))
-        self.value = weight(rngs, (wide, config.kv_heads, size), dtype, shard=-2, scale_over=(-3,))
+        cut: Any = dict(size=size, scale_over=(-2,))
+        joined = (config.heads + 2 * config.kv_heads) * size
+        self.qkv = weight(rngs, (wide, joined), dtype, shard=-1, members=queries + 2, **cut)
         self.query_norm = RMSNorm(size, config.eps)
         self.key_norm = RMSNorm(size, config.eps)
-        self.out = weight(rngs, (config.heads, size, wide), dtype, shard=-3, scale_over=(-3, -2))
-        self.scale = size**-0.5
+        self.out = weight(rngs, (config.heads * size, wide), dtype, shard=-2, members=queries, **cut)
+        self.queries, self.size = queries, size
         self.implementation = implementation
 
     def __call__(
@@ -139,52 +148,56 @@ class Attention(nnx.Module):
         key_rotary: Rotary,
     ) -> Float32[Array, "R D"]:
         """x plus what its rows draw from `row`, in a long row a few heads at a time."""
-        kv_heads = self.key.shape[1]
-        grouped = self.query.shape[1] // kv_heads
-        dtype = self.out.dtype
-        asking = x
+        queries, members, size, asking = self.queries, self.queries + 2, self.size, x
+        dtype = operand_dtype(self.out.dtype, self.implementation)
+        how: Any = dict(used=layout.used, implementation=self.implementation)
 
-        def project(kernel: Matrix, y: Array, norm: RMSNorm | None, by: Rotary | None) -> Float[Array, "R heads H"]:
-            empty = jnp.zeros((len(y), *kernel.shape[1:]), operand_dtype(dtype, self.implementation))
-
-            def some(_: Array, y: Array, *angles: Array) -> Array:
-                z = einsum("TD,DNH->TNH", self.norm(y).astype(dtype), kernel)
-                if norm is None:
-                    return z.astype(empty.dtype)
-                return norm_rotary(
-                    z,
-                    norm.scale[...],
-                    Rotary(*angles),
-                    eps=norm.eps,
-                    dtype=empty.dtype,
-                    implementation=self.implementation,
-                )
-
-            return in_runs(some, empty, y, *(by or ()), used=layout.used, implementation=self.implementation)
+        def turned(z: Any, norm: RMSNorm, by: Sequence[Array]) -> Float[Array, "R heads H"]:
+            made: Any = dict(eps=norm.eps, dtype=dtype, implementation=self.implementation)
+            return norm_rotary(z, norm.scale[...], Rotary(*by), **made)
 
         def add_heads(i: Array | int, group: int, x: Array) -> Array:
-            q = project(some_heads(self.query, i, group * grouped, 1), asking, self.query_norm, query_rotary)
-            k = project(some_heads(self.key, i, group, 1), row, self.key_norm, key_rotary)
-            v = project(some_heads(self.value, i, group, 1), row, None, None)
-            drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
-            out = some_heads(self.out, i, group * grouped, 0)
-            return add_drawn(x, drawn, out, used=layout.used, implementation=self.implementation)
+            def project(y: Array, by: Rotary, start: int, stop: int) -> list[Any]:
+                """Of the members: queries, keys, values, as attention takes them."""
+                kernel = some_heads(self.qkv[...], i, group, size, members, start, stop)
 
+                def some(_: Any, y: Array, *by: Array) -> list[Any]:
+                    z = rounded_product(self.norm(y), kernel, self.implementation)
+
+                    def heads(first: int, count: int) -> Any:
+                        return heads_of(z, (first - start) * group, count * group, size, self.implementation)
+
+                    asked = [turned(heads(0, queries), self.query_norm, by)] if start < queries else []
+                    if stop == queries:
+                        return asked
+                    return [*asked, turned(heads(queries, 1), self.key_norm, by), heads(queries + 1, 1)]
+
+                return in_runs(some, None, y, *by, **how)
+
+            if asking is row:
+                q, k, v = project(row, key_rotary, 0, members)
+            else:
+                q, k, v = project(asking, query_rotary, 0, queries) + project(row, key_rotary, queries, members)
+            drawn = attention(q, k, v, layout, scale=size**-0.5, implementation=self.implementation)
+            return add_drawn(x, drawn, some_heads(self.out[...], i, group, size, queries, axis=-2), **how)
+
+        kv_heads = self.out.shape[0] // (queries * size)
         return add_by_heads(add_heads, x, kv_heads, len(row), self.implementation)
 
 
 class FeedForward(nnx.Module):
-    """Gated SiLU (Shazeer 2020, "GLU Variants Improve Transformer")."""
+    """Gated SiLU (Shazeer 2020, "GLU Variants Improve Transformer"); gate and up are one product."""
 
-    def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.norm = RMSNorm(config.width, config.eps)
-        self.gate = weight(rngs, (config.width, config.ffn), dtype, shard=-1, scale_over=(-2,))
-        self.up = weight(rngs, (config.width, config.ffn), dtype, shard=-1, scale_over=(-2,))
+        self.gate_up = weight(rngs, (config.width, 2 * config.ffn), dtype, shard=-1, members=2, scale_over=(-2,))
         self.down = weight(rngs, (config.ffn, config.width), dtype, shard=-2, scale_over=(-2,))
+        self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
-        y = self.norm(x).astype(self.gate.dtype)
-        inner = jax.nn.silu(einsum("TD,DF->TF", y, self.gate[...])) * einsum("TD,DF->TF", y, self.up[...])
+        both = rounded_product(self.norm(x), self.gate_up[...], self.implementation).astype(jnp.float32)
+        gate, up = jnp.split(both, 2, 1)
+        inner = jax.nn.silu(gate) * up
         return x + sum_over_shards(einsum("TF,FD->TD", inner.astype(self.down.dtype), self.down[...]))
 
 
@@ -193,7 +206,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
-        self.feed_forward = FeedForward(config, dtype, rngs)
+        self.feed_forward = FeedForward(config, dtype, rngs, implementation)
         self.implementation = implementation
 
     def __call__(

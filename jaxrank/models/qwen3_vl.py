@@ -21,7 +21,7 @@ from jaxrank.kernels.rotary import Rotary, rotary
 from jaxrank.models.layers import einsum, refuse, run_layers, table_rows, weight
 from jaxrank.models.qwen3 import Layer, Qwen3Config, RMSNorm
 from jaxrank.models.vision import Vision, VisionConfig
-from jaxrank.types import Config, Packed
+from jaxrank.types import AttentionShape, Config, Packed
 
 PUBLISHED_LENGTH = 10_240
 """The publisher's own longest prompt, in tokens. The models' position limit is far above."""
@@ -56,6 +56,10 @@ class Qwen3VLConfig:
     @property
     def default_length(self) -> int:
         return min(PUBLISHED_LENGTH, self.max_length)
+
+    @property
+    def attention(self) -> AttentionShape:
+        return self.text.attention
 
     @classmethod
     def read(cls, config: Config) -> Qwen3VLConfig:

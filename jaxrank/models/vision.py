@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import attention, operand_dtype
+from jaxrank.kernels import attention
 from jaxrank.kernels.rotary import Rotary, grid_rotary, turn
 from jaxrank.models.layers import (
     LayerNorm,
@@ -31,12 +31,13 @@ from jaxrank.models.layers import (
     gelu,
     in_runs,
     refuse,
+    rounded_product,
     run_layers,
     some_heads,
     table_rows,
     weight,
 )
-from jaxrank.types import ArrayLike, Config, Layout, PatchRow
+from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, PatchRow
 
 EPS = 1e-6
 """Of every norm of the tower; config.json does not say it."""
@@ -63,6 +64,10 @@ class VisionConfig:
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @property
+    def attention(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.heads, self.head_size)
 
     @property
     def values(self) -> int:
@@ -119,38 +124,32 @@ class Attention(nnx.Module):
     """Queries, keys and values in one kernel, as they are published; queries and keys are turned."""
 
     def __init__(self, config: VisionConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
-        wide, heads, size = config.width, config.heads, config.head_size
+        wide, size = config.width, config.head_size
         self.norm = LayerNorm(wide, EPS)
-        self.kernel = weight(rngs, (wide, 3, heads, size), dtype, shard=-2)
-        self.bias = nnx.Param(jnp.zeros((3, heads, size), jnp.float32), shard=-2)
-        self.out = Projection("PNH,NHD->PD", (heads, size, wide), (wide,), dtype, rngs, shard="N")
-        self.scale = size**-0.5
+        self.qkv = Projection(wide, 3 * wide, dtype, rngs, shard=-1, members=3, size=size)
+        self.out = Projection(wide, wide, dtype, rngs, shard=-2, size=size)
+        self.size = size
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "P D"], layout: Layout, rotary: Rotary) -> Float32[Array, "P D"]:
         """x plus what its rows draw from each other, in a long row a few heads at a time."""
-        _, _, heads, size = self.kernel.shape
-        dtype = self.out.kernel.dtype
-        asking = x
+        size, asking = self.size, x
+        how: Any = dict(used=layout.used, implementation=self.implementation)
 
         def add_heads(i: Array | int, group: int, x: Array) -> Array:
-            def project(which: int) -> Float[Array, "P group H"]:
-                kernel = jax.lax.dynamic_slice_in_dim(self.kernel[...][:, which], i * group, group, 1)
-                bias = jax.lax.dynamic_slice_in_dim(self.bias[...][which], i * group, group, 0)
-                empty = jnp.zeros((len(x), group, size), operand_dtype(dtype, self.implementation))
+            kernel, bias = (some_heads(weights[...], i, group, size, 3) for weights in (self.qkv.kernel, self.qkv.bias))
 
-                def some(_: Array, y: Array, *angles: Array) -> Array:
-                    z = einsum("PD,DNH->PNH", self.norm(y).astype(dtype), kernel) + bias
-                    return (turn(z, Rotary(*angles)) if angles else z).astype(empty.dtype)
+            def some(_: Any, y: Array, *by: Array) -> list[Array]:
+                z = rounded_product(self.norm(y), kernel, self.implementation, bias)
+                q, k, v = (part.reshape(len(z), group, size) for part in jnp.split(z, 3, 1))
+                q, k = (turn(part.astype(jnp.float32), Rotary(*by)).astype(z.dtype) for part in (q, k))
+                return [q, k, v]
 
-                by = () if which == 2 else rotary
-                return in_runs(some, empty, asking, *by, used=layout.used, implementation=self.implementation)
+            q, k, v = in_runs(some, None, asking, *rotary, **how)
+            drawn = attention(q, k, v, layout, scale=size**-0.5, implementation=self.implementation)
+            return add_drawn(x, drawn, some_heads(self.out.kernel[...], i, group, size, 1, axis=-2), **how)
 
-            q, k, v = (project(which) for which in range(3))
-            drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
-            out = some_heads(self.out.kernel, i, group, 0)
-            return add_drawn(x, drawn, out, used=layout.used, implementation=self.implementation)
-
+        heads = self.out.kernel.shape[0] // size
         return add_by_heads(add_heads, x, heads, len(x), self.implementation) + self.out.bias[...]
 
 
@@ -160,8 +159,8 @@ class Layer(nnx.Module):
     def __init__(self, config: VisionConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
         self.norm = LayerNorm(config.width, EPS)
-        self.up = Projection("PD,DF->PF", (config.width, config.ffn), (config.ffn,), dtype, rngs, shard="F")
-        self.down = Projection("PF,FD->PD", (config.ffn, config.width), (config.width,), dtype, rngs, shard="F")
+        self.up = Projection(config.width, config.ffn, dtype, rngs, shard=-1)
+        self.down = Projection(config.ffn, config.width, dtype, rngs, shard=-2)
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "P D"], layout: Layout, rotary: Rotary) -> Float32[Array, "P D"]:
@@ -173,7 +172,8 @@ class Layer(nnx.Module):
         )
 
     def feed_forward(self, x: Float32[Array, "P D"]) -> Float32[Array, "P D"]:
-        return x + self.down(jax.nn.gelu(self.up(self.norm(x)), approximate=True))
+        inner = jax.nn.gelu(self.up.rounded(self.norm(x), self.implementation), approximate=True)
+        return self.down.add_to(x, inner)
 
 
 class Merger(nnx.Module):
@@ -193,8 +193,8 @@ class Merger(nnx.Module):
     ):
         block = config.merge**2 * config.width
         self.norm = LayerNorm(block if norm_block else config.width, EPS)
-        self.up = Projection("RD,DF->RF", (block, block), (block,), dtype, rngs, shard="F")
-        self.down = Projection("RF,FD->RD", (block, config.out_width), (config.out_width,), dtype, rngs, shard="F")
+        self.up = Projection(block, block, dtype, rngs, shard=-1)
+        self.down = Projection(block, config.out_width, dtype, rngs, shard=-2)
         self.patches = config.merge**2
         self.implementation = implementation
 
@@ -203,7 +203,7 @@ class Merger(nnx.Module):
 
         def some(_: Array, blocks: Array) -> Array:
             normed = self.norm(blocks.reshape(-1, len(self.norm.scale))).reshape(blocks.shape)
-            return self.down(gelu(self.up(normed))).astype(self.down.kernel.dtype)
+            return self.down(gelu(self.up.rounded(normed, self.implementation))).astype(self.down.kernel.dtype)
 
         blocks = x.reshape(len(x) // self.patches, -1)
         empty = jnp.zeros((len(blocks), self.down.kernel.shape[-1]), self.down.kernel.dtype)
@@ -224,7 +224,8 @@ class Vision(nnx.Module):
     ):
         self.config = config
         self.implementation = implementation
-        self.patch = Projection("PE,DE->PD", (config.width, config.values), (config.width,), dtype, rngs)
+        self.patch = weight(rngs, (config.width, config.values), dtype)
+        self.patch_bias = nnx.Param(jnp.zeros(config.width, jnp.float32))
         self.position = weight(rngs, (config.side**2, config.width), dtype)
         self.stages = nnx.List(
             [
@@ -241,7 +242,7 @@ class Vision(nnx.Module):
         """The first layer's input, and what every layer takes besides."""
 
         def some(_: Array, pixels: Array, corners: Array, weights: Array) -> Array:
-            x = self.patch(pixels)
+            x = einsum("PE,DE->PD", pixels.astype(self.patch.dtype), self.patch[...]) + self.patch_bias[...]
             for i in range(corners.shape[1]):
                 x += weights[:, i, None] * table_rows(self.position[...], corners[:, i], self.implementation)
             return x

@@ -7,6 +7,7 @@ transformers' XLMRobertaForSequenceClassification, on packed rows instead of pad
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +16,22 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import attention, operand_dtype
+from jaxrank.kernels import attention, heads_of
 from jaxrank.models.layers import (
     LayerNorm,
     Projection,
     add_by_heads,
     add_drawn,
-    einsum,
     gelu,
     in_runs,
     refuse,
+    rounded_product,
     run_layers,
     some_heads,
     table_rows,
     weight,
 )
-from jaxrank.types import ArrayLike, Config, Layout, Packed
+from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, Packed
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class XLMRobertaConfig:
     @property
     def default_length(self) -> int:
         return self.max_length
+
+    @property
+    def attention(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.heads, self.width // self.heads)
 
     @classmethod
     def read(cls, config: Config) -> XLMRobertaConfig:
@@ -85,39 +90,39 @@ class XLMRobertaConfig:
 
 
 class Attention(nnx.Module):
+    """Queries, keys and values are one product."""
+
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
-        wide, heads, size = config.width, config.heads, config.width // config.heads
-        self.query, self.key, self.value = (
-            Projection("TD,DNH->TNH", (wide, heads, size), (heads, size), dtype, rngs, shard="N", quantizes=True)
-            for _ in range(3)
-        )
-        self.out = Projection("TNH,NHD->TD", (heads, size, wide), (wide,), dtype, rngs, shard="N", quantizes=True)
-        self.scale = size**-0.5
+        wide, size = config.width, config.width // config.heads
+        self.qkv = Projection(wide, 3 * wide, dtype, rngs, shard=-1, members=3, size=size, quantizes=True)
+        self.out = Projection(wide, wide, dtype, rngs, shard=-2, size=size, quantizes=True)
+        self.size = size
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "R D"], row: Float[Array, "T D"], layout: Layout) -> Float32[Array, "R D"]:
         """x plus what its rows draw from `row`, in a long row a few heads at a time."""
-        heads, size = self.query.bias.shape
-        dtype = self.out.kernel.dtype
-        asking = x
+        size, asking = self.size, x
+        how: Any = dict(used=layout.used, implementation=self.implementation)
 
         def add_heads(i: Array | int, group: int, x: Array) -> Array:
-            def project(by: Projection, y: Array) -> Float[Array, "R group H"]:
-                kernel, bias = some_heads(by.kernel, i, group, 1), some_heads(by.bias, i, group, 0)
-                empty = jnp.zeros((len(y), group, size), operand_dtype(dtype, self.implementation))
-                return in_runs(
-                    lambda _, y: (einsum(by.spec, y.astype(dtype), kernel) + bias).astype(empty.dtype),
-                    empty,
-                    y,
-                    used=layout.used,
-                    implementation=self.implementation,
+            def project(y: Array, start: int, stop: int) -> list[Any]:
+                kernel, bias = (
+                    some_heads(weights[...], i, group, size, 3, start, stop)
+                    for weights in (self.qkv.kernel, self.qkv.bias)
                 )
 
-            q, k, v = project(self.query, asking), project(self.key, row), project(self.value, row)
-            drawn = attention(q, k, v, layout, scale=self.scale, implementation=self.implementation)
-            out = some_heads(self.out.kernel, i, group, 0)
-            return add_drawn(x, drawn, out, used=layout.used, implementation=self.implementation)
+                def some(_: Any, y: Array) -> list[Any]:
+                    z = rounded_product(y, kernel, self.implementation, bias)
+                    members = range(stop - start)
+                    return [heads_of(z, member * group, group, size, self.implementation) for member in members]
 
+                return in_runs(some, None, y, **how)
+
+            q, k, v = project(row, 0, 3) if asking is row else project(asking, 0, 1) + project(row, 1, 3)
+            drawn = attention(q, k, v, layout, scale=size**-0.5, implementation=self.implementation)
+            return add_drawn(x, drawn, some_heads(self.out.kernel[...], i, group, size, 1, axis=-2), **how)
+
+        heads = self.out.kernel.shape[0] // size
         return add_by_heads(add_heads, x, heads, len(row), self.implementation) + self.out.bias[...]
 
 
@@ -127,12 +132,8 @@ class Layer(nnx.Module):
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
         self.attention_norm = LayerNorm(config.width, config.eps)
-        self.up = Projection(
-            "TD,DF->TF", (config.width, config.ffn), (config.ffn,), dtype, rngs, shard="F", quantizes=True
-        )
-        self.down = Projection(
-            "TF,FD->TD", (config.ffn, config.width), (config.width,), dtype, rngs, shard="F", quantizes=True
-        )
+        self.up = Projection(config.width, config.ffn, dtype, rngs, shard=-1, quantizes=True)
+        self.down = Projection(config.ffn, config.width, dtype, rngs, shard=-2, quantizes=True)
         self.norm = LayerNorm(config.width, config.eps)
         self.implementation = implementation
 
@@ -146,7 +147,8 @@ class Layer(nnx.Module):
     def feed_forward(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
         """The rest of the layer, from the sum that attention leaves."""
         x = self.attention_norm(x)
-        return self.norm(x + self.down(gelu(self.up(x))))
+        inner = gelu(self.up.rounded(x, self.implementation)).astype(self.down.kernel.dtype)
+        return self.norm(self.down.add_to(x, inner))
 
 
 class XLMRoberta(nnx.Module):
@@ -170,8 +172,8 @@ class XLMRoberta(nnx.Module):
         self.embedding_norm = LayerNorm(config.width, config.eps)
         self.layers = nnx.List([Layer(config, dtype, rngs, implementation) for _ in range(config.layers - 1)])
         self.last = Layer(config, dtype, rngs, implementation)
-        self.dense = Projection("SD,DE->SE", (config.width, config.width), (config.width,), jnp.float32, rngs)
-        self.head = Projection("SD,D->S", (config.width,), (), jnp.float32, rngs)
+        self.dense = Projection(config.width, config.width, jnp.float32, rngs)
+        self.head = Projection(config.width, 0, jnp.float32, rngs)
 
     def token_embeddings(self, batch: Packed) -> Float32[Array, "T D"]:
         """The rows of the table of words."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from jaxrank import checkpoint, convert
 from jaxrank.errors import CheckpointError
+from tests import joined
 from tests.checkpoints import edit_config, make_qwen3
 
 
@@ -61,16 +62,12 @@ def test_every_parameter(tmp_path: Path) -> None:
     assert np.array_equal(got.pop("norm/scale"), state["model.norm.weight"])
     assert np.array_equal(got.pop("head"), state["lm_head.weight"][yes] - state["lm_head.weight"][no])
     for place, layer in (("layers/0/", "model.layers.0."), ("last/", "model.layers.1.")):
-        for path, name, shape in (
-            ("attention/query", "self_attn.q_proj", (48, 4, 16)),
-            ("attention/key", "self_attn.k_proj", (48, 2, 16)),
-            ("attention/value", "self_attn.v_proj", (48, 2, 16)),
-            ("attention/out", "self_attn.o_proj", (4, 16, 48)),
-            ("feed_forward/gate", "mlp.gate_proj", (48, 96)),
-            ("feed_forward/up", "mlp.up_proj", (48, 96)),
-            ("feed_forward/down", "mlp.down_proj", (96, 48)),
-        ):
-            assert np.array_equal(got.pop(place + path), state[f"{layer}{name}.weight"].T.reshape(shape))
+        q, k, v, out = (state[f"{layer}self_attn.{name}_proj.weight"] for name in "qkvo")
+        gate, up, down = (state[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        assert np.array_equal(got.pop(f"{place}attention/qkv"), joined.q_k_v(q, k, v, 2))
+        assert np.array_equal(got.pop(f"{place}attention/out"), joined.output(out, 2, 16))
+        assert np.array_equal(got.pop(f"{place}feed_forward/gate_up"), np.concatenate([gate, up]).T)
+        assert np.array_equal(got.pop(f"{place}feed_forward/down"), down.T)
         for path, name in (
             ("attention/norm", "input_layernorm"),
             ("attention/query_norm", "self_attn.q_norm"),

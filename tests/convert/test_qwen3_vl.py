@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from jaxrank import checkpoint, convert
 from jaxrank.errors import CheckpointError
+from tests import joined
 from tests.checkpoints import edit_config, make_qwen3_vl
 
 
@@ -47,16 +48,12 @@ def test_every_parameter(folder: Path) -> None:
 
     for i, place in enumerate(["adding/0/", "adding/1/", "layers/0/", "last/"]):
         layer = f"{text}layers.{i}."
-        for path, name, shape in (
-            ("attention/query", "self_attn.q_proj", (64, 4, 16)),
-            ("attention/key", "self_attn.k_proj", (64, 2, 16)),
-            ("attention/value", "self_attn.v_proj", (64, 2, 16)),
-            ("attention/out", "self_attn.o_proj", (4, 16, 64)),
-            ("feed_forward/gate", "mlp.gate_proj", (64, 128)),
-            ("feed_forward/up", "mlp.up_proj", (64, 128)),
-            ("feed_forward/down", "mlp.down_proj", (128, 64)),
-        ):
-            take(place + path, f"{layer}{name}.weight", *shape, turned=True)
+        q, k, v, out = (state.pop(f"{layer}self_attn.{name}_proj.weight") for name in "qkvo")
+        gate, up = (state.pop(f"{layer}mlp.{name}_proj.weight") for name in ("gate", "up"))
+        assert np.array_equal(got.pop(f"{place}attention/qkv"), joined.q_k_v(q, k, v, 2))
+        assert np.array_equal(got.pop(f"{place}attention/out"), joined.output(out, 2, 16))
+        assert np.array_equal(got.pop(f"{place}feed_forward/gate_up"), np.concatenate([gate, up]).T)
+        take(f"{place}feed_forward/down", f"{layer}mlp.down_proj.weight", turned=True)
         for path, name in (
             ("attention/norm", "input_layernorm"),
             ("attention/query_norm", "self_attn.q_norm"),
@@ -66,17 +63,17 @@ def test_every_parameter(folder: Path) -> None:
             take(f"{place}{path}/scale", f"{layer}{name}.weight")
     for i, stage in enumerate(["0/0", "1/0", "1/1", "2/0"]):
         place, layer = f"vision/stages/{stage}/", f"{visual}blocks.{i}."
-        for path, name, shape in (
-            ("attention/kernel", "attn.qkv.weight", (64, 3, 4, 16)),
-            ("attention/out/kernel", "attn.proj.weight", (4, 16, 64)),
-            ("up/kernel", "mlp.linear_fc1.weight", (64, 128)),
-            ("down/kernel", "mlp.linear_fc2.weight", (128, 64)),
+        for path, name in (
+            ("attention/qkv/kernel", "attn.qkv.weight"),
+            ("attention/out/kernel", "attn.proj.weight"),
+            ("up/kernel", "mlp.linear_fc1.weight"),
+            ("down/kernel", "mlp.linear_fc2.weight"),
         ):
-            take(place + path, layer + name, *shape, turned=True)
-        take(f"{place}attention/bias", f"{layer}attn.qkv.bias", 3, 4, 16)
+            take(place + path, layer + name, turned=True)
         for path, name in (
             ("attention/norm/scale", "norm1.weight"),
             ("attention/norm/bias", "norm1.bias"),
+            ("attention/qkv/bias", "attn.qkv.bias"),
             ("attention/out/bias", "attn.proj.bias"),
             ("norm/scale", "norm2.weight"),
             ("norm/bias", "norm2.bias"),
@@ -91,8 +88,8 @@ def test_every_parameter(folder: Path) -> None:
             take(f"vision/{place}/{path}/bias", f"{visual}{name}.{tensor}.bias")
         take(f"vision/{place}/norm/scale", f"{visual}{name}.norm.weight")
         take(f"vision/{place}/norm/bias", f"{visual}{name}.norm.bias")
-    take("vision/patch/kernel", f"{visual}patch_embed.proj.weight", 64, 1536)
-    take("vision/patch/bias", f"{visual}patch_embed.proj.bias")
+    take("vision/patch", f"{visual}patch_embed.proj.weight", 64, 1536)
+    take("vision/patch_bias", f"{visual}patch_embed.proj.bias")
     take("vision/position", f"{visual}pos_embed.weight")
     take("word", f"{text}embed_tokens.weight")
     take("norm/scale", f"{text}norm.weight")
@@ -138,8 +135,8 @@ def test_a_tied_head_in_float32(tmp_path: Path) -> None:
     got = loaded(folder, None)
     assert np.array_equal(got["head"], table[yes] - table[no])
     assert got["head"].dtype == jnp.float32
-    assert got["word"].dtype == got["vision/position"].dtype == got["vision/patch/kernel"].dtype == jnp.bfloat16
-    assert got["vision/stages/0/0/attention/bias"].dtype == got["vision/merger/norm/scale"].dtype == jnp.float32
+    assert got["word"].dtype == got["vision/position"].dtype == got["vision/patch"].dtype == jnp.bfloat16
+    assert got["vision/stages/0/0/attention/qkv/bias"].dtype == got["vision/merger/norm/scale"].dtype == jnp.float32
 
 
 def test_a_tied_head_that_was_saved_too_is_left_alone(tmp_path: Path) -> None:

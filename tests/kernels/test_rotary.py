@@ -17,7 +17,11 @@ from jaxrank.kernels.rotary import Rotary, rotary
 EPS = 1e-3
 THETA = 1e4
 HEADS = {"one head": (1, 128), "GQA 128": (4, 128), "256 wide": (2, 256), "64 wide": (3, 64), "16 wide": (2, 16)}
-RUNNABLE = [name for name, one in IMPLEMENTATIONS.items() if one.platform in (None, jax.default_backend())]
+RUNNABLE = [
+    name
+    for name, one in IMPLEMENTATIONS.items()
+    if one.platform in (None, jax.default_backend()) and name != "mosaic-interpreted"
+]
 
 
 def reference(x: np.ndarray, scale: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -62,15 +66,6 @@ class TestNormRotary:
         )
         assert rounded.dtype == jnp.bfloat16
         np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
-
-    def test_of_bfloat16_is_computed_in_float32(self, implementation: str) -> None:
-        x, scale, positions = case(64, 2, 128)
-        by, x = rotary(positions, 128, THETA), x.astype(jnp.bfloat16)
-        exact, got = (
-            norm_rotary(y, scale, by, eps=EPS, dtype="float32", implementation=implementation)
-            for y in (x.astype(jnp.float32), x)
-        )
-        np.testing.assert_allclose(got, exact, atol=1e-5, rtol=1e-5)
 
 
 def test_lowers_for_tpu() -> None:

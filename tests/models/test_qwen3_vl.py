@@ -223,7 +223,7 @@ class TestTower:
         def features(implementation: str | None) -> np.ndarray:
             tower = Vision(config, dtype="float32", rngs=nnx.Rngs(0), implementation=implementation)
             for place in [*tower.stages[0], *tower.stages[1]]:
-                place.attention.kernel[...] *= 10  # scores that differ
+                place.attention.qkv.kernel[...] *= 10  # scores that differ
             row = pack_row(config, media, 512, implementation)
             return np.asarray(jax.jit(lambda row: tower(row))(row))[: 31 * 2]
 

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from jaxrank.attention import Choice
 from jaxrank.errors import RequestError, TooLongError
 from jaxrank.media import Preprocessing
 from jaxrank.server import create_app
@@ -41,6 +42,7 @@ class FakeReranker:
     ) -> None:
         self.name = "fake/reranker"
         self.devices = "1 device (fake)"
+        self.attention: dict[str, Choice] = {"text": Choice("tiled")}
         self.dtype = "float32"
         self.preprocessing: Preprocessing | None = None
         self.max_length = 500

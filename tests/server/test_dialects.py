@@ -707,7 +707,7 @@ class TestFacts:
             "max_concurrent_requests": 512, "max_input_length": 500, "max_batch_tokens": 1000,
             "max_batch_requests": None, "max_client_batch_size": 50, "auto_truncate": True, "tokenization_workers": 2,
             "version": __version__, "sha": None, "docker_label": None, "max_body_bytes": 8_000_000,
-            "score_scale": "logit",
+            "score_scale": "logit", "attention": {"text": {"implementation": "tiled", "failed": []}},
         }  # fmt: skip
 
     def test_the_rest(self, url: str) -> None:
