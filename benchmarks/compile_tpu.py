@@ -10,8 +10,10 @@ a process each that is to have all logits. Memory is what the compiled program s
 roofline, not a measurement: the larger of FLOPs (of matrices and needed scores; the compiler counts a loop's body once)
 over the chip's published bfloat16 peak, and weights over its memory bandwidth, for a row full of documents of 190
 tokens; what chips tell each other is not in it, though the all-reduces in the program's text are counted, two to a
-layer's body. With --patches, the vision towers of models that have one are compiled, for rows of so many patches full
-of images of 1,024; their models of text are compiled with rows of text alone. Ends in one JSON line.
+layer's body. A layer's estimate is the compiler's own, beside its products at the peak: layer_time.py says what is
+counted, and --breakdown prints it by instruction. With --patches, the vision towers of models that have one are
+compiled, for rows of so many patches full of images of 1,024; their models of text are compiled with rows of text
+alone. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
+from layer_time import Instruction, layer
 from machine import finish, save
-from shapes import MODELS, VL_MODELS, model_flops, tower_flops
+from shapes import MODELS, VL_MODELS, layer_flops, model_flops, tower_flops
 
 from jaxrank.models.quantized import QUANTIZATIONS, quantized_outline
 from jaxrank.packing import LADDER, pack
@@ -52,23 +55,26 @@ GB = 1e9
 
 
 class Chip(NamedTuple):
-    """A topology of libtpu, one chip's memory, bfloat16 peak and bandwidth as Google publishes them, and the chips of a
-    host along each axis."""
+    """A topology of libtpu, one device's memory, bfloat16 peak and bandwidth as Google publishes them, its clock in Hz,
+    and the chips of a host along each axis."""
 
     topology: str
     memory: float
     flops: float
     bandwidth: float
+    clock: float
     host: tuple[int, int, int] = (2, 2, 1)
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 16 * GB, 197e12, 819e9),
-    "v6e": Chip("v6e:2x2", 32 * GB, 918e12, 1640e9),
-    "v6e-8": Chip("v6e:2x4", 32 * GB, 918e12, 1640e9, host=(2, 4, 1)),
-    "v5p": Chip("v5p:2x2x1", 95 * GB, 459e12, 2765e9),
-    "v5e-16": Chip("v5e:4x4", 16 * GB, 197e12, 819e9),
-    "v5p-16": Chip("v5p:2x2x2", 95 * GB, 459e12, 2765e9),  # eight chips, of two cores each
+    "v5e": Chip("v5e:2x2", 16 * GB, 197e12, 819e9, 1.5e9),
+    "v6e": Chip("v6e:2x2", 32 * GB, 918e12, 1640e9, 1.75e9),
+    "v6e-8": Chip("v6e:2x4", 32 * GB, 918e12, 1640e9, 1.75e9, host=(2, 4, 1)),
+    "v5p": Chip("v5p:2x2x1", 95 * GB, 459e12, 2765e9, 1.75e9),
+    # a device is one of a chip's two cores; the clock is the one at which two units of 256 x 256 reach the peak
+    "tpu7x": Chip("tpu7x:2x2x1", 96 * GB, 1153.5e12, 3690e9, 2.2e9),
+    "v5e-16": Chip("v5e:4x4", 16 * GB, 197e12, 819e9, 1.5e9),
+    "v5p-16": Chip("v5p:2x2x2", 95 * GB, 459e12, 2765e9, 1.75e9),  # eight chips, of two cores each
 }
 
 
@@ -99,10 +105,11 @@ def compile_one(
     copies: int = 1,
     tower: bool = False,
     quantization: str | None = None,
+    breakdown: bool = False,
 ) -> dict[str, Any]:
     """One row of the table; `error` instead of figures where it does not compile, which may be for lack of memory.
 
-    size: tokens, or with `tower` patches.
+    size: tokens, or with `tower` patches. breakdown: print the layer's instructions.
     """
     module: Any
     module, config = (MODELS | VL_MODELS)[name]
@@ -149,9 +156,13 @@ def compile_one(
         flops = tower_flops(config.vision, [1024] * (size // 1024)) / chips_each
     else:
         flops = model_flops(config, [190] * (size // 190), module.causal) / chips_each
+    instructions = layer(text, chip.clock, chip.bandwidth)
+    if breakdown:
+        print("us, of them products at the peak (b: by bytes), instruction")
+        print("\n".join(instruction.report(chip.flops) for instruction in instructions), flush=True)
     need = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     roofline = max(flops / chip.flops, memory.argument_size_in_bytes / chip.bandwidth)
-    return row | {
+    row |= {
         "fits": need < chip.memory * 0.95,
         "compile_s": round(seconds, 1),
         "all_reduces": len(re.findall(r" all-reduce(?:-start)?\(", text)),
@@ -162,6 +173,20 @@ def compile_one(
         "tflops": round(flops / 1e12, 2),
         "roofline_ms": round(roofline * 1e3, 2),
         f"roofline_{unit}_per_s": round(size / roofline),
+    }
+    if instructions and not tower:
+        row |= layer_columns(instructions, layer_flops(config, module.causal) * size / chips_each / chip.flops)
+    return row
+
+
+def layer_columns(instructions: Sequence[Instruction], products: float) -> dict[str, float]:
+    """Milliseconds of a layer, all counted and Pallas calls alone, and those of its products at the peak."""
+    estimate = sum(each.seconds for each in instructions)
+    return {
+        "layer_ms": round(estimate * 1e3, 3),
+        "layer_pallas_ms": round(sum(each.seconds for each in instructions if each.by_bytes) * 1e3, 3),
+        "layer_products_ms": round(products * 1e3, 3),
+        "layer_over_its_roofline": round(products / estimate, 3),
     }
 
 
@@ -174,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the weights")
     parser.add_argument("--chips-each", type=int, help="chips that share a copy of the weights; by default the fewest")
     parser.add_argument("--copies", type=int, default=1, help="of the weights")
+    parser.add_argument("--breakdown", action="store_true", help="print each layer's instructions, the longest first")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     rows = []
@@ -185,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             chips_each = arguments.chips_each or 1
             for size, tower in programs:
                 while True:
-                    how: Any = dict(copies=arguments.copies, quantization=arguments.quantization)
+                    how: Any = dict(
+                        copies=arguments.copies, quantization=arguments.quantization, breakdown=arguments.breakdown
+                    )
                     row = compile_one(model, chip, size, chips_each, tower=tower, **how)
                     rows.append(row)
                     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

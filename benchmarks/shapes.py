@@ -70,14 +70,19 @@ TOY = {
 
 def model_flops(config: Any, lengths: Sequence[int], causal: bool) -> float:
     """Of matrices and needed scores, all layers; the head and the last layer's savings are not counted."""
+    products = layer_flops(config, causal)
+    config = getattr(config, "text", config)
+    size = getattr(config, "head_size", config.width // config.heads)
+    scores = sum(n * n for n in lengths) * (0.5 if causal else 1.0)
+    return config.layers * (products * sum(lengths) + 4.0 * config.heads * size * scores)
+
+
+def layer_flops(config: Any, causal: bool) -> float:
+    """Of a layer's matrices, a token."""
     config = getattr(config, "text", config)
     size = getattr(config, "head_size", config.width // config.heads)
     kv_heads = getattr(config, "kv_heads", config.heads)
-    matrices = config.width * size * (2 * config.heads + 2 * kv_heads) + config.width * config.ffn * (
-        3 if causal else 2
-    )
-    scores = sum(n * n for n in lengths) * (0.5 if causal else 1.0)
-    return config.layers * (2.0 * matrices * sum(lengths) + 4.0 * config.heads * size * scores)
+    return 2.0 * config.width * (size * 2 * (config.heads + kv_heads) + config.ffn * (3 if causal else 2))
 
 
 def scoring_flops(config: Any, requests: Sequence[tuple[int, Sequence[int]]], causal: bool) -> float:

@@ -50,6 +50,45 @@ def test_whole_scoring_function_compiles_for_two_tpus() -> None:
         assert row["fits"]
         assert 1.0 < row["arguments_gb"] < 1.3, "568 million parameters in bfloat16"
         assert row["temporaries_gb"] < 0.2
+        assert 0 < row["layer_products_ms"] < row["layer_ms"], "no layer takes less than its products at the peak"
+
+
+def test_layer_time_of_a_compiled_text() -> None:
+    """A loop of one product, a copy, an attention call and another Pallas call, by hand."""
+    cycles = 'backend_config={"window_config":{"estimated_cycles":"3000"}}'
+    pallas = 'custom_call_target="tpu_custom_call"'
+    text = f"""
+%inner (a: bf16[64,32], b: bf16[32,8]) -> f32[64,8] {{
+  %a = bf16[64,32]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %b = bf16[32,8]{{1,0}} parameter(1)
+  ROOT %convolution.1 = f32[64,8]{{1,0}} convolution(%a, %b), dim_labels=bf_io->bf
+}}
+
+%body (arg: (f32[64,8], bf16[64,32])) -> (f32[64,8], bf16[64,32]) {{
+  %arg = (f32[64,8]{{1,0}}, bf16[64,32]{{1,0}}) parameter(0)
+  %x = bf16[64,32]{{1,0}} get-tuple-element(%arg), index=1
+  %packed_attention.1 = bf16[64,32]{{1,0}} custom-call(%x), {pallas}
+  %norm_rotary.1 = bf16[64,32]{{1,0:T(8,128)(2,1)S(1)}} custom-call(%x), {pallas}
+  %fusion.1 = f32[64,8]{{1,0}} fusion(%norm_rotary.1, %x), kind=kOutput, calls=%inner, {cycles}
+  ROOT %tuple = (f32[64,8]{{1,0}}, bf16[64,32]{{1,0}}) tuple(%fusion.1, %x)
+}}
+
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {{
+  %copy.1 = f32[64,8]{{1,0}} copy(%x), {cycles}
+  %while = (f32[64,8]{{1,0}}, bf16[64,32]{{1,0}}) while(%copy.1), condition=%cond, body=%body
+}}
+"""
+    code = (
+        "import sys, json; from layer_time import layer; "
+        "print(json.dumps([(i.name, i.seconds, i.by_bytes, i.flops) for i in layer(sys.stdin.read(), 1e9, 8e9)]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], input=text, capture_output=True, text=True, check=True, cwd=BENCHMARKS
+    )
+    assert json.loads(result.stdout) == [
+        ["fusion.1", pytest.approx(3e-6), False, 2 * 64 * 32 * 8],
+        ["norm_rotary.1", pytest.approx(2 * 64 * 32 * 2 / 8e9), True, 0],
+    ]
 
 
 def test_attention() -> None:
