@@ -32,8 +32,9 @@ HEADS = {"64": (4, 4, 64), "72": (2, 2, 72), "128 GQA": (4, 1, 128)}
 """Query heads, key/value heads and their size."""
 LIMITS = {"bfloat16": (6e-3, 2e-2), "float32": (1e-5, 1e-4)}
 """Of the error's norm over the reference's: of all rows, and of the worst row."""
-MODEL_LIMITS = {"bfloat16": 0.05, "float32": 0.01}
-"""Of the largest difference from the dense form over the range of its logits."""
+MODEL_LIMITS = {"bfloat16": 0.1, "float32": 0.01}
+"""Of the largest difference from the dense form over the range of its logits; of so small models in bfloat16, whose
+rounding alone moves logits by 0.05 of it, only gross faults are seen."""
 SCALE_UP = 8.0
 """What random weights are multiplied with so that a small model's logits differ by more than 1."""
 MODELS = {
