@@ -1,4 +1,4 @@
-"""Attention alone: the host's tile lists, CPU against the dense form, and on a GPU its share of the card's matmul rate.
+"""Attention alone: the host's tile lists, and the default device's body against the dense form.
 
     python benchmarks/attention.py [--smoke] [--output benchmarks/results/attention-cpu.json]
 
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import finish, matmul_rate, median_seconds
+from machine import finish, median_seconds
 
 from jaxrank.kernels import attention, make_layout
 from jaxrank.kernels.tpu import tile_size
@@ -97,29 +97,6 @@ def beside_dense(tokens: int, prefix: int, heads: tuple[int, int, int], turns: i
     }
 
 
-def on_gpu(tokens: int, prefix: int, heads: tuple[int, int, int], turns: int) -> dict[str, Any]:
-    """bfloat16: TFLOP/s of the scores that are needed and of the tiles that are computed, and the share of the card's
-    own matmul rate."""
-    query_heads, _, size = heads
-    q, k, v = operands(tokens, heads, "bfloat16")
-    spans = spans_of(tokens, prefix)
-    layout = jax.tree.map(jnp.asarray, make_layout(spans, tokens, "triton"))
-    call = jax.jit(attention, static_argnames=("scale", "implementation"))
-    seconds = median_seconds(lambda: call(q, k, v, layout, scale=size**-0.5, implementation="triton"), turns)
-    needed = 4.0 * query_heads * size * float((spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2]).sum())
-    rate = matmul_rate(8192, turns)
-    return {
-        "part": "triton",
-        "tokens": tokens,
-        "prefix": prefix,
-        "heads": heads,
-        "ms": round(seconds * 1e3, 3),
-        "needed_tflops_per_s": round(needed / seconds / 1e12, 1),
-        "matmul_tflops_per_s": round(rate / 1e12, 1),
-        "share_of_matmul_rate": round(needed / seconds / rate, 3),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="small and short, to see that it runs")
@@ -129,8 +106,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [lists(t, prefix, 3 * turns) for t in ((1024,) if arguments.smoke else (2048, 16384)) for prefix in (0, 90)]
     kinds = {"bge": (0, (16, 16, 64)), "qwen3": (90, (16, 8, 128))}
     for prefix, heads in kinds.values():
-        if jax.default_backend() == "gpu":
-            rows += [on_gpu(t, prefix, heads, turns) for t in ((1024,) if arguments.smoke else (4096, 16384))]
         rows.append(beside_dense(512 if arguments.smoke else 2048, prefix, heads, turns))
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

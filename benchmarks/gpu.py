@@ -63,6 +63,7 @@ def environment(name: str, cache: Path) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "HF_HUB_OFFLINE": "1",
+        "OPENBLAS_NUM_THREADS": "1",  # the float64 references run side by side
     }
     return os.environ | given | ({} if name in NEED_JAX else {"JAX_PLATFORMS": "cpu"})
 

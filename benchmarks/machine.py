@@ -51,13 +51,6 @@ def chained(f: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]
     return many
 
 
-def matmul_rate(size: int, turns: int) -> float:
-    """FLOP/s of a square bfloat16 product, ten in a program."""
-    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
-    multiply = jax.jit(chained(jnp.matmul, 10))
-    return 10 * 2.0 * size**3 / median_seconds(lambda: multiply(a, b), turns)
-
-
 def versions(names: Sequence[str]) -> dict[str, str | None]:
     """Of installed packages; None for those that are not."""
     found: dict[str, str | None] = {}

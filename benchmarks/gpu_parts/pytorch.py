@@ -276,6 +276,8 @@ def run_model(part: Part, name: str, compiled: bool, now: Documents) -> None:
 
 
 def run(part: Part, compiled: bool) -> None:
+    if part.smoke:
+        torch.set_num_threads(1)  # threads that wait for each other are most of the time of so little work
     with part.row(what="versions") as row:
         row.update(torch=torch.__version__, cuda=torch.version.cuda, device=DEVICE)
         row["cudnn"] = torch.backends.cudnn.version()

@@ -199,7 +199,7 @@ class TestGpu:
         code = """
 import pathlib, sys, time
 from benchmarks.gpu_parts.part import Part
-part = Part("some", pathlib.Path(sys.argv[1]), True, 60.0)
+part = Part("some", pathlib.Path(sys.argv[1]), False, 60.0)
 with part.row(body="right", ok=False) as row:
     row["ok"] = True
 with part.row(body="raises", ok=False) as row:
