@@ -121,7 +121,7 @@ def busy(log: Sequence[tuple[float, float]]) -> dict[str, float]:
     gaps = np.array([after[0] - before[1] for before, after in itertools.pairwise(rows)])
     share = 1 - gaps.sum() / (rows[-1][1] - rows[0][0])
     longest_ms = round(float(gaps.max()) * 1e3, 1)
-    return {"busy": round(share, 4), "dry": round(float((gaps > 0).mean()), 3), "longest_gap_ms": longest_ms}
+    return {"busy": round(float(share), 4), "dry": round(float((gaps > 0).mean()), 3), "longest_gap_ms": longest_ms}
 
 
 def measure(scorer: Scorer, name: str, way: str, seconds: float, row_s: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from jaxrank.errors import RequestError, TooLongError
 from jaxrank.patch_rows import mrope_positions, tokens_of
 from jaxrank.prompts import Piece, Prompt, Slot, Texts, unwrap
-from jaxrank.tokens import LEAST_TOKENS, NO_CUT, SPARE, Cut, check_text, clip, encodings, load_tokenizer
+from jaxrank.tokens import LEAST_TOKENS, NO_CUT, SPARE, Cut, check_text, clip, encodings, load_tokenizer, token_ids
 from jaxrank.types import NO_PREFIX, Encoded, Media, Patches, Window
 from jaxrank.windows import Windows, characters
 
@@ -104,7 +104,8 @@ class PromptTokenizer:
         return segments
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        (ids,) = token_ids(self.tokenizer, [text])
+        return ids
 
     def _clipped(self, text: str, limit: int, keep_end: bool) -> str:
         """`text`, or if it is far too long for any prompt, a part of it that is too long all the same."""
@@ -131,7 +132,8 @@ class PromptTokenizer:
         dropped = 0
         for i in reversed(range(len(short))) if keep_end else range(len(short)):
             if isinstance(part := short[i], str):
-                places = self.tokenizer.encode(part, add_special_tokens=False).offsets
+                (encoding,) = encodings(self.tokenizer, [part], places=True)
+                places = encoding.offsets
                 if excess := max(len(places) - most, 0):
                     short[i] = part[places[excess - 1][1] :] if keep_end else part[: places[-excess][0]]
                 most -= len(places) - excess
@@ -281,7 +283,8 @@ class PromptTokenizer:
             places = [
                 (end - len(part), end, rank) for part, end, rank in zip(chunk.parts, ends, chunk.ranks, strict=True)
             ]
-            for left, right in self.tokenizer.encode(str(chunk), add_special_tokens=False).offsets:
+            (encoding,) = encodings(self.tokenizer, [str(chunk)], places=True)
+            for left, right in encoding.offsets:
                 ranks.append(max((rank for start, end, rank in places if left < end and right > start), default=FRAME))
         order = sorted((rank, -i if keep_end else i) for i, rank in enumerate(ranks) if rank)
         if excess > len(order):
@@ -360,7 +363,7 @@ class _Split(NamedTuple):
         text = cast(Text, chunks[at])
         begin = sum(map(len, text.parts[: text.ranks.index(DOCUMENT)]))
         end = begin + length
-        encoding: Any = fresh.get(str(text)) or self.tokenizer.encode(str(text), add_special_tokens=False)
+        encoding: Any = fresh.get(str(text)) or next(encodings(self.tokenizer, [str(text)], places=True))
         # the tokens that hold any of the document, also where one begins with the last character before it
         every = range(len(encoding))
         first = bisect_right(every, begin, key=lambda i: encoding.token_to_chars(i)[1])

@@ -154,8 +154,9 @@ def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]
 def encodings(tokenizer: Tokenizer, texts: Sequence[str], *, places: bool) -> Iterator[Any]:
     """The tokenizers.Encoding of each text, in order, without special tokens. places: with the characters of tokens.
 
-    Texts are tokenised in runs: what the library makes of them is freed with Python's lock held, and of megabytes of
-    text that would stop other threads, such as a server's event loop, for 0.1 s.
+    Single texts go this way too, since Tokenizer.encode holds Python's lock while it works. They are tokenised in runs:
+    what the library makes of them is freed with that lock held, and of megabytes of text that would stop other threads,
+    such as a server's event loop, for 0.1 s.
     """
     encode = tokenizer.encode_batch if places else tokenizer.encode_batch_fast
     first, size = 0, 0
@@ -186,7 +187,7 @@ class PairTokenizer:
         for text, short, ids in zip(texts, clipped, token_ids(self.tokenizer, clipped), strict=True):
             if len(short) < len(text) and len(ids) < limit + SPARE:
                 # runs of spaces or unknown characters shrink to one token: only the whole text tells
-                yield self.tokenizer.encode(text, add_special_tokens=False).ids
+                yield from token_ids(self.tokenizer, [text])
             else:
                 yield ids
 
@@ -263,7 +264,7 @@ def clip(text: str, limit: int, keep_end: bool = False) -> str:
 
 def tokens_of(tokenizer: Tokenizer, text: str) -> list[Token]:
     """The tokens of a text by itself, without what frames it in a pair."""
-    encoding = tokenizer.encode(check_text(text, "text"), add_special_tokens=False)
+    (encoding,) = encodings(tokenizer, [check_text(text, "text")], places=True)
     return [Token(i, t, *at) for i, t, at in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)]
 
 

@@ -36,7 +36,6 @@ IGNORED_FLAGS: dict[str, int] = {
     "--runner": 1,
     "--skip-server-warmup": 0,
     "--task": 1,
-    "--tokenization-workers": 1,
     "--trust-remote-code": 0,
 }
 """Flags of the launch lines of SGLang, vLLM and TEI that mean nothing here, and how many values each takes."""
@@ -97,6 +96,8 @@ def _limit_arguments(group: Any) -> None:
                        help="size of one request; default: 8 MB, or 40 MB for models that see images")  # fmt: skip
     group.add_argument("--max-header-bytes", type=count, default=32_768, metavar="N", help="a request's headers")
     group.add_argument("--max-connections", type=count, default=1000, metavar="N", help="at once")
+    group.add_argument("--encode-threads", "--tokenization-workers", type=count, metavar="N",
+                       help="that tokenise; default: one less than the cores, at least 2 and at most 8")  # fmt: skip
     group.add_argument("--max-queue-requests", "--max-queued-requests", "--max-concurrent-requests",
                        "--max-num-queued-reqs", type=count, default=512, metavar="N",
                        help="requests under way, from which on others are told to come back later")  # fmt: skip
@@ -198,6 +199,7 @@ def app_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         max_queue_tokens=arguments.max_queue_tokens,
         max_queue_bytes=arguments.max_queue_bytes,
         max_queue_s=arguments.max_queue_seconds,
+        encode_threads=arguments.encode_threads,
         request_timeout_s=arguments.request_timeout,
         body_timeout_s=arguments.body_timeout,
         otlp_endpoint=arguments.otlp_endpoint,

@@ -106,7 +106,7 @@ def test_the_device_is_busy_while_the_next_batch_is_packed() -> None:
     rows = run("overlap.py", "--loads", "paragraphs", "--row-ms", "80", "--seconds", "4")["rows"]
     found = {row["way"]: row for row in rows}
     assert found["across batches"]["busy"] >= 0.9
-    assert found["across batches"]["dry"] <= 0.1
+    assert found["across batches"]["dry"] <= 0.2
     assert found["within batches"]["dry"] >= 0.3, "before each batch, of two or three rows"
     assert found["one at a time"]["dry"] == 1
 

@@ -37,7 +37,8 @@ ALL_FLAGS = """some/model --host ::1 --port 8001 --api-key one --api-key two --s
     --max-image-pixels 5000 --max-video-seconds 60 --media-decode-seconds 4
     --max-media-request-bytes 5000 --media-workers 3 --image-min-pixels 2048 --image-max-pixels 4096 --video-fps 0.5
     --video-max-frames 32 --video-max-pixels 500000 --dp 2 --tensor-parallel-size 4 --open-metrics
-    --cors-origins https://a.example,http://b:81 --max-header-bytes 2000 --max-connections 20 --max-queue-requests 30
+    --cors-origins https://a.example,http://b:81 --max-header-bytes 2000 --max-connections 20 --encode-threads 6
+    --max-queue-requests 30
     --max-queue-tokens 4000 --max-queue-bytes 5000 --request-timeout 1.5 --body-timeout 2.5 --shutdown-grace 0
     --max-queue-seconds 3.5
     --log-format json --otlp-endpoint http://c --dialect cohere --auto-truncate false --load-format pt
@@ -97,7 +98,7 @@ class TestServe:
                  dialect="auto", truncate=True,
                  long_document="truncate", max_windows=1024, max_documents=1000, max_body_bytes=None,
                  max_header_bytes=32768, max_connections=1000, max_queue_requests=512, max_queue_tokens=1048576,
-                 max_queue_bytes=512_000_000, max_queue_s=math.inf, request_timeout_s=60.0,
+                 max_queue_bytes=512_000_000, max_queue_s=math.inf, encode_threads=None, request_timeout_s=60.0,
                  body_timeout_s=60.0, shutdown_grace_s=30.0, log_format="text", otlp_endpoint=None,
                  media=MediaAccess(), limits=Limits(), media_workers=2),
         )  # fmt: skip
@@ -111,7 +112,7 @@ class TestServe:
                  open_metrics=True, cors_origins=["https://a.example", "http://b:81"], dialect="cohere", truncate=False,
                  long_document="window", max_windows=77, max_documents=7,
                  max_body_bytes=1000, max_header_bytes=2000, max_connections=20, max_queue_requests=30,
-                 max_queue_tokens=4000, max_queue_bytes=5000, max_queue_s=3.5, request_timeout_s=1.5,
+                 max_queue_tokens=4000, max_queue_bytes=5000, max_queue_s=3.5, encode_threads=6, request_timeout_s=1.5,
                  body_timeout_s=2.5,
                  shutdown_grace_s=0.0, log_format="json", otlp_endpoint="http://c",
                  media=MediaAccess(remote=False, domains=("a.example", "b.example"), private=True, folder=Path("/"),
@@ -152,8 +153,8 @@ class TestServe:
                 "--port 3000 --cors-allow-origin https://example.com --tokenization-workers 4",
                 dict(model="m", revision="r", dtype="bfloat16"),
                 dict(host="0.0.0.0", port=3000, max_queue_requests=77, max_documents=32, max_body_bytes=2000000,
-                     truncate=True, api_keys=["k"], cors_origins=["https://example.com"]),
-                ["--max-batch-tokens", "--tokenization-workers"],
+                     truncate=True, api_keys=["k"], cors_origins=["https://example.com"], encode_threads=4),
+                ["--max-batch-tokens"],
             ),
             (
                 "--model-path m --context-length 512 --tp 2 --dp 1 --max-queued-requests 3 --allow-auto-truncate "

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from jaxrank.server import create_app
+from jaxrank.server.app import encode_threads_for, usable_cores
 from tests.server.fakes import FakeReranker, rerank, serving, until
 
 GOOD = {"query": "fruit", "documents": ["1 apple", "3 pears"]}
@@ -35,6 +36,24 @@ def url() -> Iterator[str]:
 def guarded() -> Iterator[str]:
     with serving(FakeReranker(), api_keys=["key one", "schlüssel"], served_model_name="mine") as base:
         yield base
+
+
+class TestEncodeThreads:
+    @pytest.mark.parametrize(("cores", "threads"), [(1, 2), (2, 2), (3, 2), (4, 3), (9, 8), (16, 8), (192, 8)])
+    def test_one_core_is_left_to_others(self, cores: int, threads: int) -> None:
+        assert encode_threads_for(cores) == threads
+
+    def test_cores_are_those_that_the_process_may_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 8}, raising=False)
+        assert usable_cores() == 3
+        monkeypatch.delattr(os, "sched_getaffinity")
+        assert usable_cores() == 64
+
+    def test_what_is_asked_for_wins(self) -> None:
+        for asked, threads in ((5, 5), (1, 1), (None, encode_threads_for(usable_cores()))):
+            settings = create_app(FakeReranker(), encode_threads=asked).state.service.settings
+            assert settings.encode_threads == threads
 
 
 class TestRoutes:

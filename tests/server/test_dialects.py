@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from jaxrank.server import create_app
+from jaxrank.server.app import encode_threads_for, usable_cores
 from jaxrank.server.dialects.resolve import DIALECTS
 from jaxrank.version import __version__
 from tests.server.fakes import FakeReranker, serving, until
@@ -705,7 +706,8 @@ class TestFacts:
             "served_model_name": "fake/reranker",
             "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
             "max_concurrent_requests": 512, "max_input_length": 500, "max_batch_tokens": 1000,
-            "max_batch_requests": None, "max_client_batch_size": 50, "auto_truncate": True, "tokenization_workers": 2,
+            "max_batch_requests": None, "max_client_batch_size": 50, "auto_truncate": True,
+            "tokenization_workers": encode_threads_for(usable_cores()),
             "version": __version__, "sha": None, "docker_label": None, "max_body_bytes": 8_000_000,
             "score_scale": "logit", "attention": {"text": {"implementation": "tiled", "failed": []}},
         }  # fmt: skip
