@@ -128,7 +128,7 @@ def attention(
             f"attention: got q {q.shape}, k {k.shape}, v {v.shape}; want [R, N, H], [T, K, H], [T, K, H], N % K == 0"
         )
     chosen = pick(implementation)
-    alike = chosen.make_layout(np.zeros((len(q), 4), np.int32), len(k))
+    alike = chosen.make_layout(np.zeros((q.shape[0], 4), np.int32), k.shape[0])
     if (layout.tiles.shape, layout.starts.shape) != (alike.tiles.shape, alike.starts.shape):
         raise ValueError("attention: the layout was made for another implementation; see make_layout")
     return chosen.body(*(_as_taken(x, chosen) for x in (q, k, v)), layout, scale=scale)
