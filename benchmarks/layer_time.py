@@ -1,8 +1,9 @@
 """What TPU's compiler expects a layer to take, by instruction, read from a compiled program's text.
 
 The layer is the loop body with an attention call in it, the longest if there are several. Counted are, one after
-another: an instruction's estimated cycles over the chip's clock (fusions and copies have them), and a Pallas call's
-operands and results over the chip's bandwidth, wherever they lie. Not counted: attention, whose work depends on the
+another: an instruction's estimated cycles over the chip's clock (fusions and copies have them), and the bytes of a
+Pallas call's result and operands over the chip's bandwidth, wherever they lie, of an operand as many elements as the
+result has at most. Not counted: attention, whose work depends on the
 documents; copies that run beside other work (copy-start); what chips tell each other. The cycles are a model's, not
 the schedule's: for copies within on-chip memory they are too few, and v6e's instruction for erf is unknown to them.
 """
@@ -97,7 +98,9 @@ def _instructions(
         operands = tuple(shapes.get(name, "") for name in line.operands())
         by_bytes = PALLAS in line.rest
         if by_bytes:
-            counted = 0 if line.name.startswith(ATTENTION) else sum(map(_bytes, (line.shape, *operands)))
+            most = _elements(line.shape)  # it may read some columns of an array
+            counted = sum(min(_elements(shape), most) * _width(shape) for shape in (line.shape, *operands))
+            counted = 0 if line.name.startswith(ATTENTION) else counted
             seconds = counted / bandwidth
         else:
             seconds = int(line.told(r'"estimated_cycles":"(\d+)"') or 0) / clock
@@ -129,13 +132,10 @@ def _elements(shape: str) -> int:
     return math.prod(int(n) for n in found[2].split(",") if n) if found else 0
 
 
-def _bytes(shape: str) -> int:
-    """Of an array, or of all arrays of a tuple."""
-    total = 0
-    for dtype, sizes in _SHAPE.findall(shape):
-        bits = 8 if dtype == "pred" else int(dtype.lstrip("bfsu"))
-        total += math.prod(int(n) for n in sizes.split(",") if n) * bits // 8
-    return total
+def _width(shape: str) -> int:
+    """Bytes of an element."""
+    found = _SHAPE.search(shape)
+    return 0 if not found else 1 if found[1] == "pred" else int(found[1].lstrip("bfsu")) // 8
 
 
 def _short(shape: str) -> str:
