@@ -58,11 +58,12 @@ def new_model(seed: int = 0) -> XLMRoberta:
     at = np.arange(CONFIG.position_rows)[:, None] / 1e4 ** (np.arange(CONFIG.width // 2)[None] / (CONFIG.width // 2))
     model.position[...] = jnp.asarray(0.04 * np.concatenate([np.sin(at), np.cos(at)], 1), jnp.float32)
     for layer in (*model.layers, model.last):
-        parts = (layer.attention.query, layer.attention.key, layer.attention.value, layer.attention.out)
-        for part in (*parts, layer.up, layer.down):
+        qkv = layer.attention.qkv
+        for part in (qkv, layer.attention.out, layer.up, layer.down):
             part.kernel[...] = part.kernel[...] * 3.0  # to about 1 / sqrt(width): what a layer adds must be seen
-        for part in parts[:2] if layer is not model.last else ():
-            part.kernel[...] = part.kernel[...] + jnp.eye(CONFIG.width).reshape(part.kernel[...].shape)
+        if layer is not model.last:
+            identity = jnp.eye(CONFIG.width)
+            qkv.kernel[...] = qkv.kernel[...] + jnp.concatenate([identity, identity, 0 * identity], 1)
     return model
 
 

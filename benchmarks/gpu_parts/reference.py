@@ -13,7 +13,8 @@ CHUNK = 128
 def reference(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, spans: np.ndarray, scale: float, rows: np.ndarray
 ) -> np.ndarray:
-    """[len(rows), N, H]: softmax attention of those rows of q, which must see some key; query head n looks at key head n mod K."""
+    """[len(rows), N, H]: softmax attention of those rows of q, which must see some key. Query head n looks at key head
+    n mod K."""
     out = np.zeros((len(rows), *q.shape[1:]))
     kv_heads, size = k.shape[1:]
     groups = q.shape[1] // kv_heads

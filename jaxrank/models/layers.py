@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import LONG_ROW, is_for_cpu, operand_dtype
+from jaxrank.kernels import LONG_ROW, is_for_cpu, is_for_tpu, operand_dtype
 from jaxrank.models.quantized import Matrix, Quantized
 from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike
@@ -142,19 +142,31 @@ class Projection(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation over D in float32 (Ba, Kiros, Hinton 2016).
 
-    The variance is the mean of squares less the square of the mean, so that one pass finds both. It keeps float32's
-    precision where the mean is not many times the deviation, as in a residual stream.
+    implementation: that of attention. For TPU the variance is the mean of squares less the square of the mean: XLA finds
+    both where it makes the product before. It keeps float32's precision where the mean is not many times the
+    deviation, as in a residual stream. XLA's GPU backend makes fewer kernels of the other form.
     """
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, implementation: str | None = None):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
         self.eps = eps
+        self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
         mean = x.mean(-1, keepdims=True)
-        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
-        return (x - mean) * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
+        centred = x - mean
+        if is_for_tpu(self.implementation):
+            variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
+        else:
+            variance = jnp.square(centred).mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
+
+
+def apart(x: Array, implementation: str | None) -> Array:
+    """x as it is; on TPU it is written before it is used. XLA would make x and the product after it one fusion there,
+    which takes more time than both. implementation: that of attention."""
+    return jax.lax.optimization_barrier(x) if is_for_tpu(implementation) else x
 
 
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:

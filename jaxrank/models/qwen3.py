@@ -20,11 +20,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import attention, heads_of, norm_rotary, operand_dtype
+from jaxrank.kernels import attention, heads_of, is_for_tpu, norm_rotary, operand_dtype
 from jaxrank.kernels.rotary import Rotary, rotary
 from jaxrank.models.layers import (
     add_by_heads,
     add_drawn,
+    apart,
     einsum,
     in_runs,
     refuse,
@@ -195,10 +196,22 @@ class FeedForward(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
-        both = rounded_product(self.norm(x), self.gate_up[...], self.implementation).astype(jnp.float32)
-        gate, up = jnp.split(both, 2, 1)
-        inner = jax.nn.silu(gate) * up
-        return x + sum_over_shards(einsum("TF,FD->TD", inner.astype(self.down.dtype), self.down[...]))
+        gate, up = self._gate_and_up(self.norm(x).astype(self.gate_up.dtype))
+        inner = apart((jax.nn.silu(gate) * up).astype(self.down.dtype), self.implementation)
+        return x + sum_over_shards(einsum("TF,FD->TD", inner, self.down[...]))
+
+    def _gate_and_up(self, y: Float[Array, "R D"]) -> list[Float32[Array, "R F"]]:
+        """Both halves of the product. For TPU two products, of which the first is written as it is rounded: XLA would
+        write float32 otherwise."""
+        if not is_for_tpu(self.implementation):
+            return jnp.split(rounded_product(y, self.gate_up[...], self.implementation).astype(jnp.float32), 2, 1)
+        gate, up = (
+            rounded_product(
+                y, some_heads(self.gate_up[...], 0, self.gate_up.shape[-1] // 2, 1, 2, i, i + 1), self.implementation
+            )
+            for i in range(2)
+        )
+        return [apart(gate, self.implementation).astype(jnp.float32), up.astype(jnp.float32)]
 
 
 class Layer(nnx.Module):

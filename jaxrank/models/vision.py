@@ -125,7 +125,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: VisionConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         wide, size = config.width, config.head_size
-        self.norm = LayerNorm(wide, EPS)
+        self.norm = LayerNorm(wide, EPS, implementation)
         self.qkv = Projection(wide, 3 * wide, dtype, rngs, shard=-1, members=3, size=size)
         self.out = Projection(wide, wide, dtype, rngs, shard=-2, size=size)
         self.size = size
@@ -158,7 +158,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: VisionConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
-        self.norm = LayerNorm(config.width, EPS)
+        self.norm = LayerNorm(config.width, EPS, implementation)
         self.up = Projection(config.width, config.ffn, dtype, rngs, shard=-1)
         self.down = Projection(config.ffn, config.width, dtype, rngs, shard=-2)
         self.implementation = implementation
@@ -192,7 +192,7 @@ class Merger(nnx.Module):
         norm_block: bool,
     ):
         block = config.merge**2 * config.width
-        self.norm = LayerNorm(block if norm_block else config.width, EPS)
+        self.norm = LayerNorm(block if norm_block else config.width, EPS, implementation)
         self.up = Projection(block, block, dtype, rngs, shard=-1)
         self.down = Projection(block, config.out_width, dtype, rngs, shard=-2)
         self.patches = config.merge**2

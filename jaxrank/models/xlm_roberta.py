@@ -22,6 +22,7 @@ from jaxrank.models.layers import (
     Projection,
     add_by_heads,
     add_drawn,
+    apart,
     gelu,
     in_runs,
     refuse,
@@ -131,10 +132,10 @@ class Layer(nnx.Module):
 
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
-        self.attention_norm = LayerNorm(config.width, config.eps)
+        self.attention_norm = LayerNorm(config.width, config.eps, implementation)
         self.up = Projection(config.width, config.ffn, dtype, rngs, shard=-1, quantizes=True)
         self.down = Projection(config.ffn, config.width, dtype, rngs, shard=-2, quantizes=True)
-        self.norm = LayerNorm(config.width, config.eps)
+        self.norm = LayerNorm(config.width, config.eps, implementation)
         self.implementation = implementation
 
     def __call__(self, x: Float[Array, "T D"], layout: Layout, rows: ArrayLike | None = None) -> Float[Array, "R D"]:
@@ -148,7 +149,7 @@ class Layer(nnx.Module):
         """The rest of the layer, from the sum that attention leaves."""
         x = self.attention_norm(x)
         inner = gelu(self.up.rounded(x, self.implementation)).astype(self.down.kernel.dtype)
-        return self.norm(self.down.add_to(x, inner))
+        return self.norm(self.down.add_to(x, apart(inner, self.implementation)))
 
 
 class XLMRoberta(nnx.Module):
@@ -169,7 +170,7 @@ class XLMRoberta(nnx.Module):
         self.word = weight(rngs, (config.vocab_size, config.width), dtype, scale_over=(-1,))
         self.position = weight(rngs, (config.position_rows, config.width), dtype)
         self.token_type = weight(rngs, (config.width,), jnp.float32)
-        self.embedding_norm = LayerNorm(config.width, config.eps)
+        self.embedding_norm = LayerNorm(config.width, config.eps, implementation)
         self.layers = nnx.List([Layer(config, dtype, rngs, implementation) for _ in range(config.layers - 1)])
         self.last = Layer(config, dtype, rngs, implementation)
         self.dense = Projection(config.width, config.width, jnp.float32, rngs)
