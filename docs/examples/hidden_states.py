@@ -45,15 +45,17 @@ def lens(reranker: Reranker, query: str, documents: Sequence[str]) -> Float32[np
     All documents lie in one packed row: batch.score_at says where the scored token of each is.
     """
     model, pairs = reranker.model, reranker.encode(query, documents)
-    batch = pack(pairs, max(row_size(pairs), 16 * len(pairs)), causal=model.causal)
+    size = max(row_size(pairs), 16 * len(pairs))
+    batch = pack(pairs, size, causal=model.causal, implementation=model.implementation)
     return np.stack([np.asarray(model.classify(x[batch.score_at]))[: len(pairs)] for x in all_states(model, batch)])
 
 
 def token_states(reranker: Reranker, query: str, document: str, layer: int) -> Float32[np.ndarray, "T D"]:
     """The states of all tokens of one pair, its frame's too, after `layer` layers."""
     pairs = reranker.encode(query, [document])
-    batch = pack(pairs, max(row_size(pairs), 16), causal=reranker.model.causal)
-    return np.asarray(states_after(reranker.model, batch, layer))
+    model, size = reranker.model, max(row_size(pairs), 16)
+    batch = pack(pairs, size, causal=model.causal, implementation=model.implementation)
+    return np.asarray(states_after(model, batch, layer))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

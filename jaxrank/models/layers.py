@@ -142,8 +142,8 @@ class Projection(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation over D in float32 (Ba, Kiros, Hinton 2016).
 
-    implementation: that of attention. For TPU the variance is the mean of squares less the square of the mean: XLA finds
-    both where it makes the product before. It keeps float32's precision where the mean is not many times the
+    implementation: that of attention. For TPU the variance is the mean of squares less the square of the mean: XLA
+    finds both where it makes the product before. It keeps float32's precision where the mean is not many times the
     deviation, as in a residual stream. XLA's GPU backend makes fewer kernels of the other form.
     """
 
