@@ -29,8 +29,8 @@ from jaxrank.kernels.tiles import LONG_ROW
 from jaxrank.types import Columns, Layout
 
 __all__ = [
-    "IMPLEMENTATIONS", "LONG_ROW", "attention", "default_line", "heads_of", "is_for_cpu", "is_for_tpu", "line",
-    "make_layout", "norm_rotary", "operand_dtype",
+    "IMPLEMENTATIONS", "LONG_ROW", "attention", "default_line", "heads_of", "is_for_cpu", "is_for_gpu", "is_for_tpu",
+    "line", "make_layout", "norm_rotary", "operand_dtype",
 ]  # fmt: skip
 
 
@@ -175,6 +175,11 @@ def is_for_cpu(implementation: str | None) -> bool:
 def is_for_tpu(implementation: str | None) -> bool:
     """Whether that implementation runs on TPU."""
     return pick(implementation).body is tpu.attention
+
+
+def is_for_gpu(implementation: str | None) -> bool:
+    """Whether that implementation runs on a GPU, or in an interpreter in a GPU's place."""
+    return jax.default_backend() == "gpu" or pick(implementation).norm_rotary is rotary.gpu
 
 
 def operand_dtype(dtype: DTypeLike, implementation: str | None) -> DTypeLike:

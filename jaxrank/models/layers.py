@@ -9,18 +9,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import LONG_ROW, is_for_cpu, is_for_tpu, operand_dtype
+from jaxrank.kernels import LONG_ROW, is_for_cpu, is_for_gpu, is_for_tpu, operand_dtype
 from jaxrank.models.quantized import Matrix, Quantized
 from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike
 
 INIT_SCALE = 0.02
 RUN = 1024
+UNROLLED = 2048
+"""Rows up to which layers are unrolled on GPUs: see `run_layers`."""
 HEAD_GROUP = 4
 """Key/value heads that are computed together, with their query heads, in a long row."""
 
@@ -319,6 +322,9 @@ def run_layers(
 ) -> Float[Array, "T D"]:
     """x through all layers: a plain loop over a list, a lax.scan over a stacked layer (see `stack`).
 
+    On a GPU a scan copies each layer's parameters out of the stack. Short rows, where that takes longest beside the
+    layer's work, go through a loop that reads them in place, and run as one CUDA graph; XLA takes several times as long
+    to compile it. In longer rows a layer's vectors are one copy.
     added: what comes to x after each layer.
     """
     if isinstance(layers, nnx.List):
@@ -327,10 +333,26 @@ def run_layers(
             x = x if added is None else x + added[i].astype(x.dtype)
         return x
     graph, state = nnx.split(layers)
+    on_gpu = is_for_gpu(layers.implementation)
+    unroll = on_gpu and len(x) <= UNROLLED
+    stacked, layer_state = _with_one_vector(state) if on_gpu and not unroll else (state, lambda now: now)
 
     def one(x: Array, now: tuple[Any, Array | None]) -> tuple[Array, None]:
         params, more = now
-        x = nnx.merge(graph, params)(x, *args)
+        x = nnx.merge(graph, layer_state(params))(x, *args)
         return (x if more is None else x + more.astype(x.dtype)), None
 
-    return jax.lax.scan(one, x, (state, added))[0]
+    return jax.lax.scan(one, x, (stacked, added), unroll=unroll)[0]
+
+
+def _with_one_vector(state: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Stacked layers whose vectors [layers, ...] are one array, and what makes a layer's own state of one of them."""
+    leaves, tree = jax.tree.flatten(state)
+    vectors = [leaf for leaf in leaves if leaf.ndim == 2]
+    ends = [int(end) for end in np.cumsum([vector.shape[1] for vector in vectors])]
+
+    def layer_state(now: tuple[Array, list[Array]]) -> Any:
+        some, others = iter(jnp.split(now[0], ends[:-1])), iter(now[1])
+        return jax.tree.unflatten(tree, [next(some if leaf.ndim == 2 else others) for leaf in leaves])
+
+    return (jnp.concatenate(vectors, 1), [leaf for leaf in leaves if leaf.ndim != 2]), layer_state

@@ -7,6 +7,7 @@ program; loops inside a Pallas kernel run on the GPU. Nothing is compiled.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from benchmarks.shapes import TOY, qwen3_vl
 from jaxrank.kernels import IMPLEMENTATIONS
+from jaxrank.models.layers import UNROLLED
 from jaxrank.packing import Features, pack
 from jaxrank.patch_rows import pack_patches
 from jaxrank.scoring import take_tower, whole, whole_tower
@@ -26,7 +28,9 @@ TOKENS, PATCHES = 1536, 256
 GPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
 SEEING = qwen3_vl(64, 5, 8, 128, tied=True, vision=(64, 3, 128, (0, 1)))
 PROGRAMS = {
-    name: (*model, "tokens") for name, model in TOY.items() if name in ("bge-reranker-v2-m3", "qwen3-reranker-0.6b")
+    name: (model[0], replace(model[1], layers=4), "tokens")
+    for name, model in TOY.items()
+    if name in ("bge-reranker-v2-m3", "qwen3-reranker-0.6b")
 }
 PROGRAMS |= {f"qwen3-vl: {part}": (*SEEING, part) for part in ("tokens", "tokens with media", "patches")}
 KERNELS = {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu_v2"}
@@ -39,7 +43,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-def trace(program: str, implementation: str) -> Any:
+def trace(program: str, implementation: str, tokens: int = TOKENS) -> Any:
     """The scoring program of a toy model in bfloat16, for one packed row."""
     module, config, part = PROGRAMS[program]
     model: Any = nnx.eval_shape(lambda: module(config, dtype="bfloat16", rngs=None, implementation=implementation))
@@ -51,28 +55,32 @@ def trace(program: str, implementation: str) -> Any:
     else:
         features = Features((config.vision.features, config.vision.out_width), "bfloat16") if "media" in part else None
         run, state = whole(model)
-        row = pack([], TOKENS, causal=module.causal, implementation=implementation, features=features)
+        row = pack([], tokens, causal=module.causal, implementation=implementation, features=features)
     outlines = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), (state, row))
     with jax.sharding.use_abstract_mesh(GPU):
         return run.trace(*outlines)
 
 
-def host_checks(jaxpr: Any) -> Iterator[str]:
-    """Loops and branches of a jaxpr, however deep, that depend on data, without those inside Pallas kernels."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Of a jaxpr, however deep, without those inside Pallas kernels."""
     for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name in ("while", "cond"):
-            yield name
-        if name not in ("pallas_call", "mpmd_map"):
+        yield equation
+        if equation.primitive.name not in ("pallas_call", "mpmd_map"):
             for inner in jaxprs_in_params(equation.params):
-                yield from host_checks(inner)
+                yield from equations(inner)
+
+
+def host_checks(jaxpr: Any) -> list[str]:
+    """The loops and branches that depend on data."""
+    names = [equation.primitive.name for equation in equations(jaxpr)]
+    return [name for name in names if name in ("while", "cond")]
 
 
 @pytest.mark.parametrize("implementation", [name for name in KERNELS if name in IMPLEMENTATIONS])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_loop_waits_for_the_host(program: str, implementation: str) -> None:
     traced = trace(program, implementation)
-    assert list(host_checks(traced.jaxpr.jaxpr)) == []
+    assert host_checks(traced.jaxpr.jaxpr) == []
     with jax.sharding.use_abstract_mesh(GPU):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert KERNELS[implementation] in text
@@ -81,4 +89,17 @@ def test_no_loop_waits_for_the_host(program: str, implementation: str) -> None:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_tiled_body_would_fail(program: str) -> None:
     """So what is looked for is found where it is: in the loops over tiles."""
-    assert "while" in list(host_checks(trace(program, "tiled").jaxpr.jaxpr))
+    assert "while" in host_checks(trace(program, "tiled").jaxpr.jaxpr)
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "qwen3-vl: patches"])
+def test_layers_are_unrolled_in_short_rows_alone(program: str) -> None:
+    """In long ones a layer's vectors are one copy out of the stack."""
+    for tokens, unrolled in ((UNROLLED, True), (2 * UNROLLED, False)):
+        found = equations(trace(program, "triton", tokens).jaxpr.jaxpr)
+        scans = [equation for equation in found if equation.primitive.name == "scan"]
+        assert scans
+        for scan in scans:
+            stacks = scan.invars[scan.params["num_consts"] + scan.params["num_carry"] :]
+            assert (scan.params["unroll"] == scan.params["length"] > 1) == unrolled
+            assert unrolled or [x.aval.ndim for x in stacks].count(2) == 1

@@ -13,6 +13,7 @@ from flax import nnx
 from benchmarks.publisher import Script
 from benchmarks.publisher_vl import PublishedVL
 from jaxrank import checkpoint, convert
+from jaxrank.models import layers
 from jaxrank.models.quantized import Quantized, largest_magnitudes, rounded, scales
 from jaxrank.scoring import Scorer
 from tests.checkpoints import make_bge, make_qwen3, make_qwen3_vl
@@ -64,8 +65,13 @@ def test_logits(tmp_path: Path, family: Any) -> None:
     assert np.abs(want - unrounded).max() > 3e-3, "rounding must show, or it was not tested"
 
 
-def test_logits_with_a_scan_over_stacked_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_gpu, unrolled", [(False, 0), (True, 0), (True, 2048)], ids=["scan", "vectors", "unrolled"])
+def test_logits_with_stacked_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_gpu: bool, unrolled: int
+) -> None:
     """What accelerators run, also where layers add features."""
+    monkeypatch.setattr(layers, "is_for_gpu", lambda implementation: on_gpu)
+    monkeypatch.setattr(layers, "UNROLLED", unrolled)
     got, want, _ = qwen3_vl(tmp_path / "model", whole=True)
     assert np.abs(got - want).max() <= 1e-4
 

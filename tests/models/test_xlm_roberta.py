@@ -84,19 +84,6 @@ class TestParity:
         assert np.abs(scorer(folder, max_length=8192)(encoded) - want).max() <= 1e-4
         assert np.abs(scorer(folder, "bfloat16", max_length=8192)(encoded) - want).max() <= 3e-2
 
-    def test_scan_over_stacked_layers_is_the_same(self, tmp_path):
-        from flax import nnx
-
-        from jaxrank.models.layers import stack
-        from jaxrank.packing import pack
-
-        model = convert.load(make_bge(tmp_path, tokenizer=False, num_hidden_layers=4), dtype="float32")
-        row = pack(pairs([30, 50]), 128)
-        loop = np.asarray(nnx.jit(lambda m, r: m(r))(model, row))
-        model.layers = stack(model.layers)
-        scan = np.asarray(nnx.jit(lambda m, r: m(r))(model, row))
-        np.testing.assert_allclose(scan, loop, atol=1e-6)
-
 
 GOOD = dict(
     vocab_size=400, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
