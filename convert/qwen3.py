@@ -51,8 +51,8 @@ def joined(config: Qwen3Config) -> list[Rule]:
             for name, own in qkv.items()
         ),
         Rule("self_attn.o_proj.weight", "attention/out", members(LINEAR, grouped, 0, grouped, size, axis=-2)),
-        Rule("mlp.gate_proj.weight", "feed_forward/gate_up", members(LINEAR, 2, 0, 1)),
-        Rule("mlp.up_proj.weight", "feed_forward/gate_up", members(LINEAR, 2, 1, 2)),
+        Rule("mlp.gate_proj.weight", "feed_forward/gate", LINEAR),
+        Rule("mlp.up_proj.weight", "feed_forward/up", LINEAR),
     ]
 
 

@@ -70,7 +70,7 @@ LINEAR = Transform(lambda shape: shape if len(shape) == 2 else (*shape, 1), tran
 
 def members(transform: Transform, count: int, start: int, stop: int, size: int = 1, *, axis: int = -1) -> Transform:
     """The same for a tensor that holds members start to stop of a parameter, which has `count` on that axis: queries,
-    keys or values, or the gate. A member is so many columns for each (key) head, `size` together.
+    keys or values. A member is so many columns for each (key) head, `size` together.
 
     Of several members the tensor has those of one key head side by side, since query head k * G + g belongs to key
     head k; the parameter has one member of all key heads side by side (see sharding.arranged).

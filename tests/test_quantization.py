@@ -68,7 +68,7 @@ def test_parts_of_matrices_and_scales(tmp_path: Path) -> None:
     arrays = checkpoint.parameters(convert.load(published, dtype="float32", quantization="int8", mesh=mesh))
     cut = {path: array.size // array.addressable_shards[0].data.size for path, array in arrays.items()}
     layer = {path.removeprefix("last/"): parts for path, parts in cut.items() if path.startswith("last/")}
-    for name in ("attention/qkv", "feed_forward/gate_up"):
+    for name in ("attention/qkv", "feed_forward/gate", "feed_forward/up"):
         assert (layer[f"{name}_int8"], layer[f"{name}_scale"]) == (4, 4), name
     for name in ("attention/out", "feed_forward/down"):
         assert (layer[f"{name}_int8"], layer[f"{name}_scale"]) == (4, 1), "sums over what is cut have whole scales"

@@ -69,12 +69,12 @@ def test_slots() -> None:
     assert slot_of("adding/2/up", model) == Slot("adding/2/up")
 
 
-# Three queries, a key and a value for each of 4 key heads of size 5; a gate of 8 columns.
+# Three queries, a key and a value for each of 4 key heads of size 5.
 D, K, H = 6, 4, 5
 QUERIES, KEYS, VALUES = (members(LINEAR, 5, *own, H) for own in ((0, 3), (3, 4), (4, 5)))
 RNG = np.random.default_rng(1)
 Q, KEY, V = RNG.normal(size=(K * 3 * H, D)), RNG.normal(size=(K * H, D)), RNG.normal(size=(K * H, D))
-GATE, UP, OUT, ALL = (RNG.normal(size=shape) for shape in ((8, D), (8, D), (D, K * 3 * H), (3 * K * H, D)))
+OUT, ALL = RNG.normal(size=(D, K * 3 * H)), RNG.normal(size=(3 * K * H, D))
 
 
 def heads_of(device: int, shards: int) -> range:
@@ -89,11 +89,6 @@ def q_k_v(device: int, shards: int) -> np.ndarray:
     return np.concatenate(mine).T
 
 
-def gate_up(device: int, shards: int) -> np.ndarray:
-    mine = slice(device * 8 // shards, (device + 1) * 8 // shards)
-    return np.concatenate([GATE[mine], UP[mine]]).T
-
-
 def output(device: int, shards: int) -> np.ndarray:
     out = OUT.reshape(D, K, 3, H)
     return np.concatenate([out[:, head, query].T for query in range(3) for head in heads_of(device, shards)])
@@ -106,7 +101,6 @@ def fused(device: int, shards: int) -> np.ndarray:
 
 MEMBERS: dict[str, tuple[tuple[int, int], int, list[tuple[Transform, np.ndarray]], Any]] = {
     "queries, keys, values": ((D, 5 * K * H), 1, [(QUERIES, Q), (KEYS, KEY), (VALUES, V)], q_k_v),
-    "gate and up": ((D, 16), 1, [(members(LINEAR, 2, 0, 1), GATE), (members(LINEAR, 2, 1, 2), UP)], gate_up),
     "the output's rows": ((3 * K * H, D), 0, [(members(LINEAR, 3, 0, 3, H, axis=-2), OUT)], output),
     "one tensor of all": ((D, 3 * K * H), 1, [(in_order(LINEAR, 3), ALL)], fused),
 }

@@ -77,17 +77,17 @@ def rounded_product(
 ) -> Float[Array, "R F"]:
     """x @ kernel [D, F] + bias for what is rounded to the kernel's dtype at once; accumulated in float32.
 
-    On accelerators the result has that dtype: a float32 one would be written and read besides. On CPU it is float32,
-    which is what reaches XLA's bfloat16 kernels. implementation: that of attention.
+    On accelerators the result has that dtype. On CPU it is float32, which is what reaches XLA's bfloat16 kernels. A GPU
+    rounds before the bias is added too: it would write a float32 product and read it again, where a TPU adds the bias
+    to what it makes. implementation: that of attention.
     """
     dtype = operand_dtype(kernel.dtype, implementation)
-    if isinstance(kernel, Quantized):
-        product = einsum("RD,DF->RF", x.astype(kernel.dtype), kernel)
+    x = x.astype(kernel.dtype)
+    if is_for_gpu(implementation) and not isinstance(kernel, Quantized):
+        product = jnp.einsum("RD,DF->RF", x, kernel, preferred_element_type=dtype)
     else:
-        product = jnp.einsum("RD,DF->RF", x.astype(kernel.dtype), kernel, preferred_element_type=dtype)
-    if bias is not None:
-        product += bias.astype(product.dtype)
-    return product.astype(dtype)
+        product = einsum("RD,DF->RF", x, kernel)
+    return (product if bias is None else product + bias).astype(dtype)
 
 
 def table_rows(
@@ -252,12 +252,11 @@ def some_heads(
         if part.shape[at] == 1:  # of int8 weights: a scale for all heads
             return part
         heads = part.shape[at] // (members * size)
-        if group == heads and (start, stop) == (0, members):
-            return part
+        if group == heads:  # TPU would copy the whole array for the reshaping below
+            return jax.lax.slice_in_dim(part, start * heads * size, stop * heads * size, axis=at)
         apart = part.reshape(*part.shape[:at], members, heads, size, *part.shape[at + 1 :])
         apart = jax.lax.slice_in_dim(apart, start, stop, axis=at)
-        if group < heads:
-            apart = jax.lax.dynamic_slice_in_dim(apart, i * group, group, at + 1)
+        apart = jax.lax.dynamic_slice_in_dim(apart, i * group, group, at + 1)
         return apart.reshape(*part.shape[:at], -1, *part.shape[at + 1 :])
 
     return jax.tree.map(some, weights)

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jaxrank.errors import UnsupportedError
-from jaxrank.kernels import attention, heads_of, is_for_tpu, norm_rotary, operand_dtype
+from jaxrank.kernels import attention, heads_of, norm_rotary, operand_dtype
 from jaxrank.kernels.rotary import Rotary, rotary
 from jaxrank.models.layers import (
     add_by_heads,
@@ -187,31 +187,22 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Gated SiLU (Shazeer 2020, "GLU Variants Improve Transformer"); gate and up are one product."""
+    """Gated SiLU (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.norm = RMSNorm(config.width, config.eps)
-        self.gate_up = weight(rngs, (config.width, 2 * config.ffn), dtype, shard=-1, members=2, scale_over=(-2,))
+        self.gate = weight(rngs, (config.width, config.ffn), dtype, shard=-1, scale_over=(-2,))
+        self.up = weight(rngs, (config.width, config.ffn), dtype, shard=-1, scale_over=(-2,))
         self.down = weight(rngs, (config.ffn, config.width), dtype, shard=-2, scale_over=(-2,))
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
-        gate, up = self._gate_and_up(self.norm(x).astype(self.gate_up.dtype))
-        inner = apart((jax.nn.silu(gate) * up).astype(self.down.dtype), self.implementation)
-        return x + sum_over_shards(einsum("TF,FD->TD", inner, self.down[...]))
-
-    def _gate_and_up(self, y: Float[Array, "R D"]) -> list[Float32[Array, "R F"]]:
-        """Both halves of the product. For TPU two products, of which the first is written as it is rounded: XLA would
-        write float32 otherwise."""
-        if not is_for_tpu(self.implementation):
-            return jnp.split(rounded_product(y, self.gate_up[...], self.implementation).astype(jnp.float32), 2, 1)
-        gate, up = (
-            rounded_product(
-                y, some_heads(self.gate_up[...], 0, self.gate_up.shape[-1] // 2, 1, 2, i, i + 1), self.implementation
-            )
-            for i in range(2)
-        )
-        return [apart(gate, self.implementation).astype(jnp.float32), up.astype(jnp.float32)]
+        y = self.norm(x).astype(self.gate.dtype)
+        gate, up = (rounded_product(y, kernel[...], self.implementation) for kernel in (self.gate, self.up))
+        # XLA for TPU would write the gate in float32 otherwise
+        gate = apart(gate, self.implementation).astype(jnp.float32)
+        inner = (jax.nn.silu(gate) * up.astype(jnp.float32)).astype(self.down.dtype)
+        return x + sum_over_shards(einsum("TF,FD->TD", apart(inner, self.implementation), self.down[...]))
 
 
 class Layer(nnx.Module):

@@ -63,11 +63,10 @@ def test_every_parameter(tmp_path: Path) -> None:
     assert np.array_equal(got.pop("head"), state["lm_head.weight"][yes] - state["lm_head.weight"][no])
     for place, layer in (("layers/0/", "model.layers.0."), ("last/", "model.layers.1.")):
         q, k, v, out = (state[f"{layer}self_attn.{name}_proj.weight"] for name in "qkvo")
-        gate, up, down = (state[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         assert np.array_equal(got.pop(f"{place}attention/qkv"), joined.q_k_v(q, k, v, 2))
         assert np.array_equal(got.pop(f"{place}attention/out"), joined.output(out, 2, 16))
-        assert np.array_equal(got.pop(f"{place}feed_forward/gate_up"), np.concatenate([gate, up]).T)
-        assert np.array_equal(got.pop(f"{place}feed_forward/down"), down.T)
+        for name in ("gate", "up", "down"):
+            assert np.array_equal(got.pop(f"{place}feed_forward/{name}"), state[f"{layer}mlp.{name}_proj.weight"].T)
         for path, name in (
             ("attention/norm", "input_layernorm"),
             ("attention/query_norm", "self_attn.q_norm"),

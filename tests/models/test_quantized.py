@@ -128,7 +128,7 @@ def test_what_is_rounded(tmp_path: Path, make: Any) -> None:
     folder = make(tmp_path / "model")
     model = convert.load(folder, dtype="bfloat16", quantization="int8")
     plain = checkpoint.parameters(convert.load(folder, dtype="bfloat16"))
-    matrices = ("qkv", "out", "up", "gate_up", "down")
+    matrices = ("qkv", "out", "up", "gate", "down")
     seen = 0
     for path, value in checkpoint.by_path(nnx.state(model)).items():
         name = path.removesuffix("/kernel").split("/")
