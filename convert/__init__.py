@@ -25,8 +25,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxrank import checkpoint
-from jaxrank.checkpoint import Load, read_config
 from jaxrank.convert import qwen3, qwen3_vl, safetensors, torch_bin, xlm_roberta
 from jaxrank.convert.hub import FORMATS, SETTINGS, TOKENIZER_FILES, find
 from jaxrank.convert.rules import Rule, check, fill
@@ -34,7 +32,9 @@ from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError, ModelError
 from jaxrank.models import settings_of
 from jaxrank.models.quantized import check_quantization
-from jaxrank.shards import byte_bar
+from jaxrank.weights import converted as checkpoint
+from jaxrank.weights.converted import Load, read_config
+from jaxrank.weights.shards import byte_bar
 
 __all__ = ["FORMATS", "SETTINGS", "convert", "find", "load", "prepare", "read_config"]
 
@@ -114,7 +114,7 @@ def convert(
     progress: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Write a published checkpoint's folder as a folder of jaxrank's own (see jaxrank.checkpoint).
+    """Write a published checkpoint's folder as a folder of jaxrank's own (see jaxrank.weights.converted).
 
     dtype: of the matrices; None keeps the source's. quantization: "int8" or None. progress: a bar on stderr. overwrite:
     replace an earlier conversion; nothing else is ever replaced. All is written into a hidden folder beside the target

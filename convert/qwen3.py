@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from jaxrank.convert.rules import LINEAR, ROW, Rule, layer_places, members, row_difference
 from jaxrank.errors import CheckpointError
 from jaxrank.models.qwen3 import Qwen3Config
-from jaxrank.tokens import load_tokenizer
+from jaxrank.text.tokenizer import load_tokenizer
 
 LAYER = (
     Rule("input_layernorm.weight", "attention/norm/scale"),

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrank.checkpoint import BuildingInt8
 from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError
 from jaxrank.models.quantized import Quantized, largest_magnitudes, rounded, scales
 from jaxrank.sharding import placed_order
-from jaxrank.shards import Building, Part, Progress, by_parameter, in_threads
+from jaxrank.weights.converted import BuildingInt8
+from jaxrank.weights.shards import Building, Part, Progress, by_parameter, in_threads
 
 SHOWN = 20
 """How many mismatches of a kind an error lists."""

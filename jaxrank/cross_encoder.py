@@ -24,7 +24,7 @@ from jaxrank import convert
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.models import settings_of
 from jaxrank.reranker import BUILTIN, Content, Reranker, sigmoid
-from jaxrank.tokens import PairTokenizer, token_ids
+from jaxrank.text.tokenizer import PairTokenizer, token_ids
 from jaxrank.types import Encoded
 
 Activation = Callable[[Any], Any]

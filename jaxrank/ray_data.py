@@ -19,12 +19,12 @@ import ray  # pyright: ignore[reportMissingImports]
 import ray.data  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-from jaxrank import parts
 from jaxrank.cli import model
 from jaxrank.cli.numbers import count, seconds
 from jaxrank.errors import JaxrankError, RequestError
+from jaxrank.offline import parts
+from jaxrank.offline.parts import Part
 from jaxrank.offline.rerank import BATCH_ROWS, batches, score
-from jaxrank.parts import Part
 from jaxrank.reranker import sigmoid
 
 JOB, SKIPPED = "_job.json", "_skipped"

@@ -14,25 +14,28 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
-from jaxrank import checkpoint, convert
-from jaxrank.attention import Choice, use_implementation
-from jaxrank.calls import Call
-from jaxrank.contents import Contents
+from jaxrank import convert
 from jaxrank.errors import CheckpointError, RequestError
-from jaxrank.media import Preprocessing
+from jaxrank.media.images import Preprocessing
+from jaxrank.media.patches import read_preprocessing
 from jaxrank.models import settings_of
 from jaxrank.models.quantized import check_quantization
-from jaxrank.packing import Features
-from jaxrank.patches import read_preprocessing
-from jaxrank.prompt_tokens import PromptTokenizer
-from jaxrank.prompts import load_prompt
-from jaxrank.scoring import Scorer, take_tower, use_compilation_cache
+from jaxrank.runtime.attention import Choice, use_implementation
+from jaxrank.runtime.calls import Call
+from jaxrank.runtime.compile_cache import use_compilation_cache
+from jaxrank.runtime.packing import Features
+from jaxrank.runtime.programs import take_tower
+from jaxrank.runtime.scorer import Scorer
+from jaxrank.runtime.vision_encoder import Tower
 from jaxrank.sharding import DATA, MODEL, choose_mesh
 from jaxrank.stages import Stages
-from jaxrank.tokens import NO_CUT, Cut, PairTokenizer, Token, check_text, tokens_of, written
-from jaxrank.tower import Tower
+from jaxrank.text.contents import Contents
+from jaxrank.text.prompt_tokens import PromptTokenizer
+from jaxrank.text.prompts import load_prompt
+from jaxrank.text.tokenizer import NO_CUT, Cut, PairTokenizer, Token, check_text, tokens_of, written
+from jaxrank.text.windows import Windows, best_of, documents_of, span_of, splits
 from jaxrank.types import Encoded, Ranked, Work
-from jaxrank.windows import Windows, best_of, documents_of, span_of, splits
+from jaxrank.weights import converted as checkpoint
 
 Content = Any
 """A query or document: a string, or for models that see, what contents.FORMS says."""
@@ -270,7 +273,7 @@ class Reranker:
 
         truncate: whether pairs that are too long are cut rather than refused. cut: what is left out besides.
         long_document: "truncate", or "window" to split documents that do not fit max_length and `cut`: one pair for
-        each window of their tokens, those of one document together (see jaxrank.windows, whose best_of finds the best),
+        each window of their tokens, those of one document together (jaxrank.text.windows.best_of finds the best),
         and `window` says what of the document each has. They overlap by a quarter at least. max_windows: how many all
         documents that do not fit may come to, None for any number; more raise RequestError.
         For models that read a prompt, documents share the tokens that they begin with, and texts that stand in the

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32
 
-from jaxrank.attention import use_implementation
 from jaxrank.kernels import pick
+from jaxrank.runtime.attention import use_implementation
 from jaxrank.types import Encoded, Packed
 
 Model = TypeVar("Model", bound=nnx.Module)

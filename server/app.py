@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-import os
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware import Middleware
@@ -21,13 +16,10 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
-from jaxrank.attention import Choice
-from jaxrank.calls import Call
-from jaxrank.decoding import Decoder
 from jaxrank.errors import RequestError
-from jaxrank.media import Limits, Preprocessing
-from jaxrank.server import docs, facts, page
-from jaxrank.server.access import Access, Guard, cross_origin, open_to_all
+from jaxrank.media.images import Limits
+from jaxrank.server.api import facts
+from jaxrank.server.api import openapi as docs
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.resolve import DIALECTS, Naming
 from jaxrank.server.errors import (
@@ -39,106 +31,25 @@ from jaxrank.server.errors import (
     internal,
     json_response,
 )
-from jaxrank.server.fetch import Fetcher, MediaAccess
-from jaxrank.server.gate import Gate, GateLimits
-from jaxrank.server.inference import Inference, dialect_of
-from jaxrank.server.media import MediaLoader
-from jaxrank.server.metrics import CONTENT_TYPE, Metrics
-from jaxrank.server.scheduler import Scheduler
-from jaxrank.server.tracing import Tracing
-from jaxrank.server.transport import Envelope, HeadLimits
-from jaxrank.stages import Stages
-from jaxrank.tokens import NO_CUT, Cut, Token
-from jaxrank.types import Encoded, Work
+from jaxrank.server.http import page
+from jaxrank.server.http.access import Access, Guard, cross_origin, open_to_all
+from jaxrank.server.http.gate import GateLimits
+from jaxrank.server.http.transport import Envelope, HeadLimits
+from jaxrank.server.inference import dialect_of
+from jaxrank.server.media.fetch import MediaAccess
+from jaxrank.server.observe.metrics import CONTENT_TYPE
+from jaxrank.server.observe.tracing import Tracing
+from jaxrank.server.served_model import ServedModel
+from jaxrank.server.service import Service
+from jaxrank.server.settings import Settings, encode_threads_for, usable_cores
+from jaxrank.text.windows import splits
 from jaxrank.version import __version__
-from jaxrank.windows import splits
-
-PATIENCE_S = 5.0
-"""For the device, when nobody waits for it any more."""
-
-FAILING_FOR_LONG_S = 60.0
 
 log = logging.getLogger(__name__)
 
 
-class Scorer(Protocol):
-    """What the server needs of a jaxrank.Reranker."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def devices(self) -> str: ...
-    @property
-    def attention(self) -> Mapping[str, Choice]: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def min_length(self) -> int: ...
-    @property
-    def row_tokens(self) -> int: ...
-    @property
-    def scores_are_logits(self) -> bool: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def takes_instruct(self) -> bool: ...
-    @property
-    def preprocessing(self) -> Preprocessing | None: ...
-    @property
-    def compilations(self) -> int: ...
-    @property
-    def compiled(self) -> tuple[int, int]: ...
-    @property
-    def stages(self) -> Stages: ...
-    @property
-    def ahead(self) -> int: ...
-    @property
-    def work(self) -> Work: ...
-    def warm_up(self, progress: Callable[[str], None] | None = None) -> None: ...
-    def encode(
-        self,
-        query: Any,
-        documents: Sequence[Any],
-        *,
-        truncate: bool,
-        cut: Cut,
-        instruct: str | None,
-        long_document: str = "truncate",
-        max_windows: int | None = None,
-    ) -> list[Encoded]: ...
-    def calls(self, encoded: Sequence[Encoded]) -> Iterator[Call]: ...
-    def render(self, pair: Encoded) -> str: ...
-    def tokens_of(self, text: str) -> list[Token]: ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What create_app was told; see there."""
-
-    model: str
-    dialect: Dialect | None
-    truncate: bool
-    long_document: str
-    max_documents: int
-    max_windows: int
-    gate: GateLimits
-    max_queue_tokens: int
-    max_queue_requests: int
-    max_queue_s: float
-    batch_rows: int
-    inline_bytes: int
-    encode_threads: int
-    fail_after: int
-    probe_s: float
-    media: MediaAccess
-    limits: Limits
-    media_workers: int
-    on_ready: Callable[[], None]
-    on_failure: Callable[[BaseException], None]
-
-
 def create_app(
-    reranker: Scorer,
+    reranker: ServedModel,
     *,
     served_model_name: str | None = None,
     api_keys: Sequence[str] = (),
@@ -251,140 +162,6 @@ def create_app(
     app.include_router(_guarded_routes(app, service, access))
     app.include_router(_metrics_route(service, open_metrics))
     return app
-
-
-def usable_cores() -> int:
-    """Those that this process may run on, which in a container can be fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def encode_threads_for(cores: int) -> int:
-    """Threads that tokenise. Two at least, so that no long request holds up all others. One core is left to the event
-    loop and the device's thread. Eight at most: what a request does beside tokenising holds Python's lock."""
-    return min(8, max(2, cores - 1))
-
-
-class Service:
-    """What the routes share while the application runs: the model, the queue, the tokenising threads."""
-
-    def __init__(self, reranker: Scorer, settings: Settings, tracing: Tracing | None = None) -> None:
-        self.reranker = reranker
-        self.settings = settings
-        self.tracing = tracing
-        self.metrics = Metrics()
-        self.started = int(time.time())
-        self.progress = ""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Start the device thread, which warms up first; at the end finish what was accepted."""
-        settings = self.settings
-        self.threads = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="jaxrank-encode")
-        self.scheduler = Scheduler(
-            self.reranker.calls,
-            ahead=self.reranker.ahead,
-            batch_tokens=settings.batch_rows * self.reranker.row_tokens,
-            max_tokens=settings.max_queue_tokens,
-            max_requests=settings.max_queue_requests,
-            max_wait_s=settings.max_queue_s,
-            prepare=self._warm_up,
-            on_failure=self._failed,
-            on_batch=self.metrics.batch,
-            fail_after=settings.fail_after,
-            probe=self._probe,
-            probe_s=settings.probe_s,
-        )
-        self.gate = Gate(self.scheduler, settings.gate)
-        reranker = self.reranker
-        self.metrics.watch(
-            self.scheduler, lambda: reranker.work, lambda: reranker.compilations, lambda: reranker.attention
-        )
-        self.scheduler.start()
-        stalls = asyncio.create_task(self.metrics.watch_event_loop())
-        try:
-            async with self._media_loader() as loader:
-                self.inference = Inference(self.reranker, settings, self.gate, self.threads, loader)
-                yield
-        finally:
-            await self.scheduler.close(PATIENCE_S)
-            stalls.cancel()
-            self.threads.shutdown(wait=False, cancel_futures=True)
-            if self.tracing is not None:
-                await asyncio.to_thread(self.tracing.close)
-
-    @contextlib.asynccontextmanager
-    async def _media_loader(self) -> AsyncIterator[MediaLoader | None]:
-        """What fetches and decodes images and videos; None for a model of text."""
-        if self.reranker.preprocessing is None:
-            yield None
-            return
-        settings = self.settings
-        with Decoder(self.reranker.preprocessing, settings.limits, workers=settings.media_workers) as decoder:
-            async with Fetcher(settings.media) as fetcher:
-                loader = MediaLoader(fetcher, decoder, self.metrics.media)
-                try:
-                    yield loader
-                finally:
-                    loader.close()
-
-    def _probe(self) -> list[Encoded]:
-        """What is scored to see whether scoring works again."""
-        return self.reranker.encode("Is it well?", ["It is."], truncate=True, cut=NO_CUT, instruct=None)
-
-    def _warm_up(self) -> None:
-        attention = ", ".join(f"{choice} for {part}" for part, choice in self.reranker.attention.items())
-        log.info("%s on %s, attention: %s", self.reranker.name, self.reranker.devices, attention)
-        stages = self.reranker.stages
-        stages.lap("server")
-        self.reranker.warm_up(self._progress)
-        self.progress = ""
-        self.settings.on_ready()
-        stages.lap("programs")
-        compiled, found = self.reranker.compiled
-        fields = {"seconds": stages.rounded(), "programs_compiled": compiled, "programs_from_cache": found}
-        log.info("ready after %s: %d programs compiled, %d from the cache", stages, compiled, found,
-                 extra={"fields": fields})  # fmt: skip
-
-    def _progress(self, text: str) -> None:
-        """Note how far the warm-up is; the one place where a shutdown can stop it."""
-        if self.scheduler.stopping:
-            raise InterruptedError("the server is shutting down")
-        self.progress = text
-        log.info("warming up: %s", text)
-
-    def _failed(self, error: BaseException) -> None:
-        log.error("scoring has stopped for good", exc_info=error)
-        self.settings.on_failure(error)
-
-    def health(self) -> tuple[dict[str, Any], bool]:
-        """What GET /health answers, and whether all is well enough to go on."""
-        scheduler = self.scheduler
-        if scheduler.failed and not scheduler.stopping:
-            return {"status": "failed", "reason": "Scoring has stopped for good. Restart the server."}, False
-        if scheduler.failing:
-            for_long = time.monotonic() - scheduler.failing_since > FAILING_FOR_LONG_S
-            reason = f"Nothing could be scored in the last {scheduler.failures} batches; the log tells why."
-            return {"status": "failing", "reason": reason}, not for_long
-        return {"status": "alive"}, True
-
-    def state(self) -> dict[str, Any]:
-        """What GET /ready answers."""
-        scheduler = self.scheduler
-        names = {
-            "stopping": scheduler.stopping,
-            "failed": scheduler.failed,
-            "failing": scheduler.failing,
-            "ready": scheduler.ready,
-        }
-        return {
-            "ready": scheduler.ready and not scheduler.stopping and not scheduler.failing,
-            "state": next((name for name, holds in names.items() if holds), "warming up"),
-            "progress": self.progress,
-            "model": self.settings.model,
-            "compilations_after_ready": self.reranker.compilations if scheduler.ready else 0,
-            "queued_requests": scheduler.requests,
-            "queued_tokens": scheduler.tokens,
-        }
 
 
 def _open_routes(service: Service) -> APIRouter:

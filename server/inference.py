@@ -17,20 +17,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxrank.errors import MediaError, RequestError, TooLongError
-from jaxrank.server import tokenizing
+from jaxrank.server.api import tokenize as tokenizing
+from jaxrank.server.api.request import Rerank, Scored, Terms, to_object
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.resolve import DIALECTS, HEADER, resolve, unknown
 from jaxrank.server.errors import BadMedia, BadRequest, Refusal, TooLarge, json_response
-from jaxrank.server.gate import Gate
-from jaxrank.server.media import MediaLoader
-from jaxrank.server.metrics import Stages
-from jaxrank.server.schema import Rerank, Scored, Terms, to_object
-from jaxrank.server.transport import LARGE_BYTES
+from jaxrank.server.http.gate import Gate
+from jaxrank.server.http.transport import LARGE_BYTES
+from jaxrank.server.media.loading import MediaLoader
+from jaxrank.server.observe.metrics import Stages
+from jaxrank.text.windows import best_of, documents_of, span_of
 from jaxrank.types import Encoded, Patches
-from jaxrank.windows import best_of, documents_of, span_of
 
 if TYPE_CHECKING:
-    from jaxrank.server.app import Scorer, Settings
+    from jaxrank.server.served_model import ServedModel
+    from jaxrank.server.settings import Settings
 
 TOO_LARGE = {"too_many_bytes", "too_many_items", "too_many_request_bytes", "too_many_patch_bytes"}
 """Reasons to refuse media with 413."""
@@ -57,7 +58,7 @@ class Inference:
 
     def __init__(
         self,
-        reranker: Scorer,
+        reranker: ServedModel,
         settings: Settings,
         gate: Gate,
         threads: Executor,

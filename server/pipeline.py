@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from jaxrank.calls import Call, Fetch, Scored, has_room
+from jaxrank.runtime.calls import Call, Fetch, Scored, has_room
 from jaxrank.types import Encoded
 
 log = logging.getLogger(__name__)

@@ -11,15 +11,16 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jaxrank.server import logs
-from jaxrank.server.app import Scorer, create_app
-from jaxrank.server.connections import Config, Server, allow_open_files
+from jaxrank.server.app import create_app
+from jaxrank.server.http.connections import Config, Server, allow_open_files
+from jaxrank.server.observe import logs
+from jaxrank.server.served_model import ServedModel
 
 log = logging.getLogger(__name__)
 
 
 def serve(
-    reranker: Scorer,
+    reranker: ServedModel,
     host: str = "127.0.0.1",
     port: int = 30000,
     *,

@@ -42,7 +42,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 if every request was answered or refused as busy."""
     from jaxrank import bench
-    from jaxrank.server.access import hide_from_process_list
+    from jaxrank.server.http.access import hide_from_process_list
 
     if arguments.api_key:
         hide_from_process_list([arguments.api_key])

@@ -42,7 +42,7 @@ def model_arguments(command: argparse.ArgumentParser) -> None:
 
 
 LONG_DOCUMENT = ("truncate", "window")
-"""Those of jaxrank.windows, which imports too much for here."""
+"""Those of jaxrank.text.windows, which imports too much for here."""
 
 
 def long_document_argument(command: argparse.ArgumentParser, also: str = "") -> None:
@@ -58,7 +58,7 @@ SIZE_FLAGS = {
     "--video-max-frames": ("max_frames", "frames taken of a whole video; default: 64"),
     "--video-max-pixels": ("video_pixels", "pixels of them all, two frames counting as one; default: 7864320"),
 }
-"""Flags for the sizes in which media are looked at, by names of jaxrank.patches.CHANGEABLE."""
+"""Flags for the sizes in which media are looked at, by names of jaxrank.media.patches.CHANGEABLE."""
 
 
 def load(
@@ -83,8 +83,8 @@ def _load(arguments: argparse.Namespace, model: str | None, weights: bool, progr
     import jax
 
     from jaxrank.reranker import DEFAULT_CACHE, Reranker
-    from jaxrank.shards import byte_bar
     from jaxrank.stages import Stages
+    from jaxrank.weights.shards import byte_bar
 
     # set before JAX first computes: on CPU, worker threads would keep what the last call on them took, 100 MB and more
     jax.config.update("jax_cpu_enable_async_dispatch", False)

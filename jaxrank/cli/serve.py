@@ -150,8 +150,8 @@ def _media_arguments(group: Any) -> None:
 def media_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Where media may come from and what of them is refused, as create_app takes it."""
     from jaxrank.errors import RequestError
-    from jaxrank.media import Limits
-    from jaxrank.server.fetch import MediaAccess
+    from jaxrank.media.images import Limits
+    from jaxrank.server.media.fetch import MediaAccess
 
     folder = arguments.allowed_media_path
     if folder is not None and not Path(folder).is_dir():
@@ -180,7 +180,7 @@ def media_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def app_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the flags say to create_app."""
-    from jaxrank.server.access import read_keys
+    from jaxrank.server.http.access import read_keys
 
     keys = [*arguments.api_key, *([] if arguments.api_key_file is None else read_keys(Path(arguments.api_key_file)))]
     return dict(
@@ -234,7 +234,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not all(arguments.api_key):
         raise RequestError("--api-key is empty; give a key of at least one character, or leave the flag out")
     from jaxrank import server
-    from jaxrank.server.access import hide_from_process_list
+    from jaxrank.server.http.access import hide_from_process_list
 
     hide_from_process_list(arguments.api_key)
     settings = app_settings(arguments)  # before a model is loaded for nothing

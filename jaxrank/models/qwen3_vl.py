@@ -95,7 +95,7 @@ class Qwen3VL(nnx.Module):
     Rows of text alone (media None, positions [T]) run through the same layers with nothing added. Numbers are kept as
     in Qwen3. `implementation` is that of kernels.attention. `vision` makes the features of the rows' media tokens; it
     has programs of its own and no part in this one, so who compiles this one takes it away first (see
-    scoring.take_tower).
+    programs.take_tower).
     """
 
     causal = True

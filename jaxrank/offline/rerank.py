@@ -17,8 +17,8 @@ from jaxrank.offline.journal import Journal
 from jaxrank.offline.sources import Job, Source, stamp
 from jaxrank.offline.trec import write_run_line
 from jaxrank.reranker import Reranker, sigmoid
+from jaxrank.text.windows import best_of, span_of
 from jaxrank.types import Encoded
-from jaxrank.windows import best_of, span_of
 
 T = TypeVar("T")
 

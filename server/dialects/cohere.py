@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import Documents, Options, Wording
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
-from jaxrank.server.schema import Documents, Options, Wording
 
 
 class CohereRequest(Options):

@@ -9,8 +9,8 @@ from typing import Any
 from starlette.responses import Response
 
 from jaxrank.errors import TooLongError
+from jaxrank.server.api.request import Options, Rerank, Scored, Terms, Wording, read_rerank
 from jaxrank.server.errors import ErrorBody, Overloaded, Refusal, TooLong, error_body, json_response
-from jaxrank.server.schema import Options, Rerank, Scored, Terms, Wording, read_rerank
 
 Refusals = Mapping[type[Refusal], tuple[int | None, str]]
 """Status and type of refusals, and of those below them in the tree; None for the status of the class."""

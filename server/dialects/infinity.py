@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import Documents, Options, Rerank, Scored
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import Facts, Ranked, object_answer, text_of
-from jaxrank.server.schema import Documents, Options, Rerank, Scored
 
 
 class InfinityRequest(Options):

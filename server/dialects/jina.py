@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import Documents, Options
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
-from jaxrank.server.schema import Documents, Options
 
 
 class JinaRequest(Options):

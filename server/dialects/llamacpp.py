@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import Documents, Options, Rerank, Scored, Wording
 from jaxrank.server.dialects import tei
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
@@ -25,7 +26,6 @@ from jaxrank.server.errors import (
     Unauthorized,
     Unavailable,
 )
-from jaxrank.server.schema import Documents, Options, Rerank, Scored, Wording
 
 
 class LlamacppRequest(Options):

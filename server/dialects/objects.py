@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jaxrank.server.content import Side, without_payloads
-from jaxrank.server.schema import SPAN, Rerank, Scored, Span
+from jaxrank.server.api.content import Side, without_payloads
+from jaxrank.server.api.request import SPAN, Rerank, Scored, Span
 
 
 class Document(BaseModel):

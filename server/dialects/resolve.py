@@ -16,7 +16,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxrank.prompts import FRAMED_QUERY
+from jaxrank.server.api.request import as_list
 from jaxrank.server.dialects.cohere import COHERE
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.infinity import INFINITY
@@ -27,7 +27,7 @@ from jaxrank.server.dialects.tei import TEI
 from jaxrank.server.dialects.vllm import VLLM
 from jaxrank.server.dialects.voyage import VOYAGE
 from jaxrank.server.errors import BadRequest, ClientGone, internal
-from jaxrank.server.schema import as_list
+from jaxrank.text.prompts import FRAMED_QUERY
 
 DIALECTS = {one.name: one for one in (SGLANG, VLLM, COHERE, JINA, VOYAGE, TEI, INFINITY, LLAMACPP)}
 

@@ -6,11 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
-from jaxrank.server.content import FilledContent, without_payloads
-from jaxrank.server.dialects.dialect import Dialect, PairScores
-from jaxrank.server.dialects.objects import Usage
-from jaxrank.server.errors import BadMedia, NotSupported
-from jaxrank.server.schema import (
+from jaxrank.server.api.content import FilledContent, without_payloads
+from jaxrank.server.api.request import (
     SPAN,
     Documents,
     FilledDocuments,
@@ -27,6 +24,9 @@ from jaxrank.server.schema import (
     to_rerank,
     validate,
 )
+from jaxrank.server.dialects.dialect import Dialect, PairScores
+from jaxrank.server.dialects.objects import Usage
+from jaxrank.server.errors import BadMedia, NotSupported
 
 _EXAMPLE: dict[str, JsonValue] = {
     "query": "what is panda?",

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import SPAN, Documents, Options, Rerank, Scored, Span, Wording
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.objects import text_of
 from jaxrank.server.errors import (
@@ -28,7 +29,6 @@ from jaxrank.server.errors import (
     Unauthorized,
     Unavailable,
 )
-from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span, Wording
 
 
 class TeiRequest(Options):

@@ -10,11 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from jaxrank.server.content import FilledContent
-from jaxrank.server.dialects.dialect import Dialect, PairScores
-from jaxrank.server.dialects.objects import ObjectAnswer, Usage, object_answer
-from jaxrank.server.errors import BadRequest, Invalid, NoDocuments, Unavailable
-from jaxrank.server.schema import (
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import (
     SPAN,
     Documents,
     FilledDocuments,
@@ -31,6 +28,9 @@ from jaxrank.server.schema import (
     to_rerank,
     validate,
 )
+from jaxrank.server.dialects.dialect import Dialect, PairScores
+from jaxrank.server.dialects.objects import ObjectAnswer, Usage, object_answer
+from jaxrank.server.errors import BadRequest, Invalid, NoDocuments, Unavailable
 
 
 class VllmRequest(Options):

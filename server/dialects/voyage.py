@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import SPAN, Documents, Options, Rerank, Scored, Span
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import Usage, text_of
-from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span
 
 
 class VoyageRequest(Options):

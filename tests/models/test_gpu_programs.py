@@ -20,9 +20,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from benchmarks.shapes import TOY, qwen3_vl
 from jaxrank.kernels import IMPLEMENTATIONS
 from jaxrank.models.layers import UNROLLED
-from jaxrank.packing import Features, pack
-from jaxrank.patch_rows import pack_patches
-from jaxrank.scoring import take_tower, whole, whole_tower
+from jaxrank.runtime.packing import Features, pack
+from jaxrank.runtime.patch_packing import pack_patches
+from jaxrank.runtime.programs import take_tower, whole, whole_tower
 
 TOKENS, PATCHES = 1536, 256
 GPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))

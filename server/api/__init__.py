@@ -1,0 +1,1 @@
+"""What a request may say, and what the server tells of itself."""

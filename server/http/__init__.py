@@ -1,0 +1,1 @@
+"""Connections, limits and access: what every request passes, whatever it asks."""
