@@ -115,22 +115,31 @@ class Reranker:
     ) -> Reranker:
         """Load a model by Hugging Face id or folder (published or converted); None is the small built-in model.
 
-        quantization: "int8" keeps matrices in half of bfloat16's memory, rounded while they are read; None keeps them
-        in dtype, or as a converted folder has them.
-        dtype: of matrices and activations, "bfloat16" or "float32". max_length: tokens of a pair, at most what the
-        model can, by default what its publisher uses; longer pairs are truncated. row_tokens: tokens scored together.
-        prompt, chat_template, instruct: for models that read a prompt, which built-in one ("official", "sglang", "vllm"
-        or "none"), or a Jinja file instead of it (see prompts.load_prompt), and the instruction of requests that have
-        none. preprocessing: for models that see, sizes of images and sampling of video other than the publisher's, by
-        names of patches.CHANGEABLE. load_format: which weights of the folder, one of LOAD_FORMATS; "auto" takes those
-        of a converted folder, else safetensors. weights: False for an outline without them, which cannot score, only
-        `warm_up`, so that the next start finds its programs. compile_cache: where compiled programs are kept for the
-        next start, None for nowhere. data_parallel, tensor_parallel: copies of the weights, and devices that share a
-        copy; by default as many copies as the accelerators allow, each on as few as hold it, and one on CPU.
-        implementation: the attention body, one of kernels.IMPLEMENTATIONS; by default the fastest for the device that
-        is right on it, see `attention`. progress: called with bytes done and bytes in all. stages: a clock that runs
-        already. Raises ModelError if the model cannot be loaded, or the attention body that is named is wrong on the
-        device, RequestError if an argument is off.
+        Args:
+            quantization: "int8" keeps matrices in half of bfloat16's memory. They are rounded while they are read. None
+                keeps them in dtype, or as a converted folder has them.
+            dtype: of matrices and activations, "bfloat16" or "float32".
+            max_length: tokens of a pair; longer ones are truncated. By default what the model's publisher uses.
+            row_tokens: tokens that are scored together.
+            prompt: a built-in prompt, "official", "sglang", "vllm" or "none", for models that read one.
+            chat_template: a Jinja file in place of `prompt`; see text.prompts.load_prompt.
+            instruct: the instruction of requests that have none.
+            preprocessing: sizes of images and sampling of video other than the publisher's, by the names in
+                media.patches.CHANGEABLE.
+            load_format: which weights of the folder, one of LOAD_FORMATS. "auto" takes those of a converted folder,
+                else safetensors.
+            weights: False loads none. Such a model can only `warm_up`, which fills the compilation cache.
+            compile_cache: the folder of compiled programs for the next start; None for no such folder.
+            data_parallel: copies of the weights. By default one on CPU, and as many as accelerators hold.
+            tensor_parallel: devices that share a copy. By default the fewest that hold one.
+            implementation: the attention body, one of kernels.IMPLEMENTATIONS. By default the fastest that is right on
+                the device; see `attention`.
+            progress: called with bytes done and bytes in all.
+            stages: a clock that already runs.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the named attention body is wrong on the device.
+            RequestError: an argument has a value that is not allowed.
         """
         if dtype not in DTYPES:
             raise RequestError(f"dtype {dtype!r} is unknown; one of {', '.join(DTYPES)}")

@@ -71,6 +71,6 @@ def own_tokens(pair: Encoded, blank: Encoded) -> range:
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> int:
-    """How many entries both begin with alike."""
+    """The length of the common prefix of both."""
     different = np.flatnonzero(a != b)
     return int(different[0]) if len(different) else len(a)

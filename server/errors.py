@@ -113,7 +113,7 @@ class Unauthorized(Refusal):
 
     def __init__(self) -> None:
         super().__init__(
-            "This server wants an API key that it knows. Send the header 'Authorization: Bearer KEY'.",
+            "This server needs an API key. Send a valid one in the header 'Authorization: Bearer KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
 

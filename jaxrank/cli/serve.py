@@ -52,7 +52,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--port", type=int, default=30000)
     command.add_argument("--served-model-name", metavar="NAME", help="name that /v1/models answers")
     command.add_argument("--dialect", choices=["auto", *DIALECTS], default="auto",
-                         help="whose clients those are that do not say it by path or header")  # fmt: skip
+                         help="the server whose clients ask, if neither path nor header names one")  # fmt: skip
     command.add_argument("--auto-truncate", nargs="?", choices=["true", "false"], const="true", default="true",
                          help="cut too long pairs, where a request does not say; false refuses them")  # fmt: skip
     command.add_argument("--allow-auto-truncate", dest="auto_truncate", action="store_const", const="true",
@@ -100,7 +100,7 @@ def _limit_arguments(group: Any) -> None:
                        help="that tokenise; default: one less than the cores, at least 2 and at most 8")  # fmt: skip
     group.add_argument("--max-queue-requests", "--max-queued-requests", "--max-concurrent-requests",
                        "--max-num-queued-reqs", type=count, default=512, metavar="N",
-                       help="requests under way, from which on others are told to come back later")  # fmt: skip
+                       help="requests at a time; more are refused, with Retry-After")  # fmt: skip
     group.add_argument(
         "--max-queue-tokens",
         "--max-num-queued-tokens",

@@ -270,7 +270,7 @@ def add_drawn(
     used: ArrayLike,
     implementation: str | None,
 ) -> Float[Array, "R D"]:
-    """x plus what these heads have drawn, through their part [heads * H, D] of the output projection."""
+    """x plus the output projection of these heads' results; out is their part [heads * H, D] of it."""
 
     def some(x: Array, drawn: Array) -> Array:
         return x + sum_over_shards(einsum("RF,FD->RD", drawn.reshape(len(drawn), -1).astype(out.dtype), out))

@@ -1,7 +1,7 @@
 """From encoded pairs to packed rows: whole pairs side by side in one row of T tokens, T from a short ladder.
 
 A row has no padding between pairs; only the step from its tokens to the next bucket is filler. What the pairs of a
-request begin with alike, a causal model computes once a row.
+request share as a prefix, a causal model computes once a row.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def is_outline(state: Any) -> bool:
 
 
 def one_by_one(compile: Callable[[Any], Callable[[Any], Any]]) -> Callable[[Any], Batched]:
-    """What compiles for one row, as what compiles for a list of one."""
+    """Turns a compiler of programs for one row into a compiler of programs for a list of one row."""
 
     def compile_for_lists(sample: Any) -> Batched:
         program = compile(sample)

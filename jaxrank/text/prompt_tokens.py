@@ -408,7 +408,7 @@ def _share(prompts: Sequence[_Prompt], dropped: Sequence[int], merge: int) -> li
 
 
 def _common_prefix(prompts: Sequence[np.ndarray]) -> int:
-    """How many tokens all prompts begin with alike, so that at least one is left of each."""
+    """The length of the prefix that all prompts share, such that each has at least one token more."""
     shared = min(map(len, prompts)) - 1
     for ids in prompts[1:]:
         different = np.flatnonzero(ids[:shared] != prompts[0][:shared])

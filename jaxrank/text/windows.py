@@ -79,10 +79,14 @@ class Windows:
 def characters(encoding: Any, run: tuple[int, int], tokens: tuple[int, int], place: tuple[int, int]) -> tuple[int, int]:
     """The characters of a document that a run of its tokens stands for, counted from the document's first.
 
-    encoding: of a text that holds the document, a tokenizers.Encoding with offsets. tokens: those of the document in
-    it. run: counted from the first of them. place: the document's characters in the text. Characters of which a token
-    has but a part count as a whole, and those that no token stands for belong to the token before them; so windows
-    leave nothing of a document out.
+    A character that a token splits counts as a whole. One that no token stands for belongs to the token before it. So
+    windows leave nothing of a document out.
+
+    Args:
+        encoding: a tokenizers.Encoding with offsets, of a text that holds the document.
+        run: the tokens, counted from the document's first.
+        tokens: the document's tokens in the encoding.
+        place: the document's characters in the text.
     """
     first, last = tokens[0] + run[0], tokens[0] + run[1]
     begin, end = place

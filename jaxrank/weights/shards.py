@@ -181,8 +181,8 @@ class Progress:
 
 @contextlib.contextmanager
 def byte_bar(said: str, *, disable: bool | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with bytes and their rate, as what is to be told of bytes done and in all. disable: None shows it
-    on a terminal alone."""
+    """A progress bar on stderr, which is called with bytes done and bytes in all. disable: None shows it on a terminal
+    alone."""
     with tqdm(desc=said, unit="B", unit_scale=True, disable=disable) as bar:
 
         def advance(done: int, total: int) -> None:
