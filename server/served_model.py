@@ -1,4 +1,4 @@
-"""What the server needs of a model: a jaxrank.Reranker, or something that does the same for tests."""
+"""The interface that the server needs of a model. jaxrank.Reranker has it, and so do the test doubles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrank.types import Encoded, Work
 
 
 class ServedModel(Protocol):
-    """What the server needs of a jaxrank.Reranker."""
+    """The part of jaxrank.Reranker that the server uses."""
 
     @property
     def name(self) -> str: ...

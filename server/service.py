@@ -1,4 +1,4 @@
-"""What the routes share while the application runs: started with it, ended with it."""
+"""The objects that the routes share while the application runs. They start and end with the application."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxrank.text.tokenizer import NO_CUT
 from jaxrank.types import Encoded
 
 PATIENCE_S = 5.0
-"""For the device, when nobody waits for it any more."""
+"""Seconds to wait for the device when no request waits for it any more."""
 
 FAILING_FOR_LONG_S = 60.0
 
@@ -34,7 +34,13 @@ log = logging.getLogger(__name__)
 
 
 class Service:
-    """What the routes share while the application runs: the model, the queue, the tokenising threads."""
+    """The objects that the routes share while the application runs: the model, the queue, the tokenising threads.
+
+    Args:
+        reranker: The model.
+        settings: The application's settings.
+        tracing: Where requests are traced. None for no traces.
+    """
 
     def __init__(self, reranker: ServedModel, settings: Settings, tracing: Tracing | None = None) -> None:
         self.reranker = reranker
@@ -46,7 +52,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Start the device thread, which warms up first; at the end finish what was accepted."""
+        """Start the device thread, which warms up first. At the end, finish the accepted requests."""
         settings = self.settings
         self.threads = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="jaxrank-encode")
         self.scheduler = Scheduler(
@@ -83,7 +89,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _media_loader(self) -> AsyncIterator[MediaLoader | None]:
-        """What fetches and decodes images and videos; None for a model of text."""
+        """Yield the loader of images and videos, or None for a model that takes text only."""
         if self.reranker.preprocessing is None:
             yield None
             return
@@ -97,7 +103,7 @@ class Service:
                     loader.close()
 
     def _probe(self) -> list[Encoded]:
-        """What is scored to see whether scoring works again."""
+        """Return the pairs that are scored to test whether scoring works again."""
         return self.reranker.encode("Is it well?", ["It is."], truncate=True, cut=NO_CUT, instruct=None)
 
     def _warm_up(self) -> None:
@@ -115,7 +121,7 @@ class Service:
                  extra={"fields": fields})  # fmt: skip
 
     def _progress(self, text: str) -> None:
-        """Note how far the warm-up is; the one place where a shutdown can stop it."""
+        """Note the progress of the warm-up. A shutdown can stop the warm-up only here."""
         if self.scheduler.stopping:
             raise InterruptedError("the server is shutting down")
         self.progress = text
@@ -126,7 +132,7 @@ class Service:
         self.settings.on_failure(error)
 
     def health(self) -> tuple[dict[str, Any], bool]:
-        """What GET /health answers, and whether all is well enough to go on."""
+        """Return the answer of GET /health, and whether the server can go on."""
         scheduler = self.scheduler
         if scheduler.failed and not scheduler.stopping:
             return {"status": "failed", "reason": "Scoring has stopped for good. Restart the server."}, False
@@ -137,7 +143,7 @@ class Service:
         return {"status": "alive"}, True
 
     def state(self) -> dict[str, Any]:
-        """What GET /ready answers."""
+        """Return the answer of GET /ready."""
         scheduler = self.scheduler
         names = {
             "stopping": scheduler.stopping,

@@ -1,4 +1,4 @@
-"""What an application was told, and what it finds of the machine."""
+"""The settings of an application, and what it finds out about the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrank.server.media.fetch import MediaAccess
 
 @dataclass(frozen=True)
 class Settings:
-    """What create_app was told; see there."""
+    """The arguments of create_app, which describes them."""
 
     model: str
     dialect: Dialect | None
@@ -39,11 +39,17 @@ class Settings:
 
 
 def usable_cores() -> int:
-    """Those that this process may run on, which in a container can be fewer than there are."""
+    """Return the number of cores that this process may use, which in a container can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode_threads_for(cores: int) -> int:
-    """Threads that tokenise. Two at least, so that no long request holds up all others. One core is left to the event
-    loop and the device's thread. Eight at most: what a request does beside tokenising holds Python's lock."""
+    """Return the number of threads that tokenise, from 2 to 8.
+
+    There are at least two, so that one long request does not block all others. One core is left for the event loop and
+    the device's thread. There are at most eight, because the other work for a request holds Python's lock.
+
+    Args:
+        cores: The number of usable cores.
+    """
     return min(8, max(2, cores - 1))

@@ -1,1 +1,1 @@
-"""Images and video become patches. Without JAX."""
+"""Images and video become patches. Nothing here uses JAX."""

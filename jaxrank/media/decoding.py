@@ -1,8 +1,8 @@
 """Untrusted images and video are decoded in a few processes of their own, with limits on memory and time.
 
-Decoders are large C libraries with a history; what takes one over, crashes it or keeps it busy costs one item and one
-process, which is replaced. The process is jaxrank.media.decoding_child. It answers small frames as plain bytes; cutting
-them into patches, eight times as many bytes, is done here.
+Decoders are large C libraries in which faults have been found before. A file that takes over, crashes or blocks a
+decoder costs one item and one process, which is replaced. The process is jaxrank.media.decoding_child. It answers with
+small frames as plain bytes. The patches take eight times as many bytes, so they are cut here.
 """
 
 from __future__ import annotations
@@ -30,13 +30,20 @@ from jaxrank.types import Patches
 
 CLOSED = "the decoder is closed; make another one"
 START_S = 60.0
-"""Seconds that a process may take to start."""
+"""The seconds that a process may take to start."""
 
 
 class Decoder:
-    """Turns encoded images and video into patches, in at most `workers` processes, started when they are needed.
+    """Turn encoded images and video into patches, in at most `workers` processes.
 
-    Thread-safe: calls beyond `workers` wait for a free process.
+    They are started when they are needed.
+
+    The class is thread-safe: calls beyond `workers` wait for a free process.
+
+    Args:
+        settings: how the model needs images and video.
+        limits: what is refused.
+        workers: the most processes.
     """
 
     def __init__(
@@ -49,14 +56,20 @@ class Decoder:
         self._closed = False
         self._running: set[_Worker] = set()
         self._lock = threading.Lock()
-        self._free: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # the last used first: its pages are warm
+        self._free: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # the last used first, since its memory is warm
         for _ in range(workers):
             self._free.put(None)
 
     def decode(self, kind: Kind, data: bytes | Sequence[bytes]) -> Patches:
-        """The patches of one image, or of one video: a file, or a list of encoded images that are its frames.
+        """Return the patches of one image or one video. The call blocks.
 
-        Blocks; raises MediaError for what cannot be decoded, JaxrankError where decoding itself does not work.
+        Args:
+            kind: whether the data are an image or a video.
+            data: a file, or a list of encoded images that are the frames of a video.
+
+        Raises:
+            MediaError: the data cannot be decoded.
+            JaxrankError: decoding itself does not work.
         """
         listed = not isinstance(data, bytes)
         parts = list(data) if listed else [cast(bytes, data)]
@@ -67,11 +80,11 @@ class Decoder:
         worker = self._free.get()
         try:
             if worker is not None and worker.process.poll() is not None:
-                self._drop(worker)  # died between two items, of which neither is to blame
+                self._drop(worker)  # it died between two items, and neither is the cause
                 worker = None
             worker = worker or self._start()
             header, pixels = worker.ask({"kind": kind, "sizes": list(map(len, parts)), "listed": listed}, parts)
-        except BaseException as error:  # an interrupted exchange, too, leaves the pipes in an unknown state
+        except BaseException as error:  # an interrupted exchange leaves the pipes in an unknown state too
             if worker is not None:
                 self._drop(worker)
                 worker = None
@@ -123,14 +136,18 @@ class Decoder:
 
 
 class _Died(Exception):
-    """The process ended, or answered nonsense, and cannot be used any more. late: it was stopped for its time."""
+    """The process ended or gave an invalid answer, and cannot be used any more.
+
+    Attributes:
+        late: whether it was stopped because it took too long.
+    """
 
     def __init__(self, late: bool) -> None:
         self.late = late
 
 
 class _Worker:
-    """One decoding process and its pipes. For one thread at a time."""
+    """One decoding process and its pipes. Only one thread may use it at a time."""
 
     def __init__(self, command: Sequence[str], seconds: float) -> None:
         self.seconds = seconds
@@ -146,11 +163,19 @@ class _Worker:
         self.source = cast(BinaryIO, self.process.stdout)
 
     def wait_until_ready(self) -> None:
-        """Raises _Died."""
+        """Wait until the process is ready.
+
+        Raises:
+            _Died: the process did not start.
+        """
         self._exchange(START_S, {}, [])
 
     def ask(self, header: dict[str, Any], parts: Sequence[bytes]) -> tuple[dict[str, Any], np.ndarray | None]:
-        """The answer's header, and the pixels unless they were refused. Raises _Died."""
+        """Send one item, and return the answer's header and the pixels. They are None if the item was refused.
+
+        Raises:
+            _Died: the process cannot be used any more.
+        """
         return self._exchange(self.seconds, header, parts)
 
     def stop(self) -> None:
@@ -168,7 +193,7 @@ class _Worker:
 
         def expire() -> None:
             late.set()
-            self.process.kill()  # which ends whatever reads or writes below
+            self.process.kill()  # this ends every read and write below
 
         timer = threading.Timer(seconds, expire)
         timer.daemon = True
@@ -189,7 +214,11 @@ class _Worker:
                 raise _Died(late=True)
 
     def _pixels(self, answer: dict[str, Any]) -> np.ndarray | None:
-        """The pixels behind the header. Neither is trusted. Raises ValueError, KeyError, TypeError or EOFError."""
+        """Read the pixels behind the header, and check both.
+
+        Raises:
+            ValueError: the header or the pixels are not valid. KeyError, TypeError and EOFError mean the same.
+        """
         if "refused" in answer:
             if answer["refused"] not in REASONS:
                 raise ValueError
@@ -205,18 +234,18 @@ class _Worker:
 
 
 MOST_PIXELS = 2**30
-"""Bytes of frames that are taken from a process: far more than any settings lead to."""
+"""The most bytes of frames that are accepted from a process. No settings give nearly as many."""
 
 
 def _command(settings: Preprocessing, limits: Limits) -> list[str]:
-    """How a process is started: with this very package, whatever the working directory holds."""
+    """Return the command that starts a process with this very package, whatever the working directory holds."""
     start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from jaxrank.media.decoding_child import main; main()"
     told = json.dumps({"settings": asdict(settings), "limits": asdict(limits)})
     return [sys.executable, "-P", "-c", start, str(Path(__file__).resolve().parents[2]), told]
 
 
 def _environment() -> dict[str, str]:
-    """What finds Python and its libraries, and no more: keys and tokens are not for it."""
+    """Return the variables that Python and its libraries need to be found. Keys and tokens are left out."""
     names = ("LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "SYSTEMROOT")
     kept = {name: os.environ[name] for name in names if name in os.environ}
-    return kept | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # a thread takes address space
+    return kept | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each thread takes address space

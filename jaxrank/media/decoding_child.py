@@ -1,8 +1,10 @@
-"""What a decoding process runs: it limits itself, then reads encoded media and writes frames until its input ends.
+"""The decoding process. It limits itself, then reads encoded media and writes frames until its input ends.
 
-It imports neither JAX nor anything of the server, and answers with plain bytes: whoever takes it over through a bug in
-a decoder must not reach the parent by way of an unpickled object. Messages, both ways: four bytes with the length of a
-JSON header, the header, then the bytes that it announces.
+It imports neither JAX nor any part of the server, and it answers with plain bytes. If a file takes the process over
+through a bug in a decoder, it must not reach the parent through an unpickled object.
+
+A message has the same form in both directions. First come four bytes with the length of a JSON header, then the header,
+and then the bytes that the header announces.
 
     to it    {"kind": "image" or "video", "sizes": [bytes of each part], "listed": whether the parts are frames}
     from it  {}, once, when it is ready
@@ -34,10 +36,10 @@ def main() -> None:
     told = json.loads(sys.argv[1])
     settings, limits = Preprocessing(**told["settings"]), Limits(**told["limits"])
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not get between the messages
+    os.dup2(2, 1)  # output of libraries must not get between the messages
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     with contextlib.suppress(ImportError):
-        import av.logging  # now, and not under the limits
+        import av.logging  # import it before the limits hold
 
         av.logging.set_level(None)
     _limit(resource.RLIMIT_AS, limits.memory)
@@ -51,7 +53,7 @@ def main() -> None:
             frames = _decode(header, parts, settings, limits)
         except MediaError as error:
             send(sink, {"refused": error.code})
-        except Exception:  # a bug of ours or of a decoder: the text stays here
+        except Exception:  # a bug of ours or of a decoder; its text does not leave this process
             send(sink, {"refused": "failed"})
         else:
             send(sink, {"shape": frames.pixels.shape, "seconds": frames.seconds}, frames.pixels.data)
@@ -68,7 +70,12 @@ def send(sink: BinaryIO, header: dict[str, Any], *parts: bytes | memoryview) -> 
 
 
 def receive(source: BinaryIO) -> dict[str, Any] | None:
-    """The header of the next message; None at the end. Raises EOFError inside a message, ValueError for nonsense."""
+    """Return the header of the next message, or None at the end.
+
+    Raises:
+        EOFError: the input ended inside a message.
+        ValueError: the header is not valid.
+    """
     length = source.read(4)
     if not length:
         return None
@@ -92,7 +99,7 @@ def _decode(header: dict[str, Any], parts: list[bytes], settings: Preprocessing,
 
 
 def _limit(what: int, most: int) -> None:
-    """Lower a limit of this process, where the system has it."""
+    """Lower a limit of this process, if the system has it."""
     hard = resource.getrlimit(what)[1]
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))

@@ -1,4 +1,4 @@
-"""The grids of images and videos: how many tokens they are, and where those stand."""
+"""The grids of images and videos: their number of tokens, and the positions of those."""
 
 from __future__ import annotations
 
@@ -8,30 +8,45 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 PATCH_LADDER = (1024, 4096, 8192, 16384, 30720)
-"""Static sizes P. With patches of 16 x 16 pixels: thumbnails; an image of a megapixel; the largest image that is not
-shrunk (1800 * 4 patches); videos; the largest video (7,680 * 4). Coarse, since each size is a program to compile and
-filler costs little: attention and, on CPU, all of a long row skip it, and on accelerators the text model that reads
-the tokens takes several times as long. All are whole tiles of 256 for the attention kernels."""
+"""The static sizes P of a row of patches. With patches of 16 x 16 pixels they are for:
+
+- thumbnails,
+- an image of a megapixel,
+- the largest image that is not shrunk (1800 * 4 patches),
+- videos,
+- the largest video (7,680 * 4).
+
+The steps are coarse, because each size is a program to compile and filler costs little. Attention skips filler. On CPU
+the rest of a long row's computation skips it too. On accelerators the text model that reads the tokens takes several
+times as long. All sizes are whole tiles of 256 for the attention kernels.
+"""
 
 Grid = tuple[int, int, int]
-"""Patches in time, height and width."""
+"""The number of patches in time, height and width."""
 
 
 def tokens_of(grid: Grid, merge: int) -> int:
-    """How many tokens an image or video is."""
+    """Return the number of tokens of an image or video."""
     return grid[0] * grid[1] * grid[2] // merge**2
 
 
 def mrope_positions(
     here: Bool[np.ndarray, " length"], grids: Sequence[Grid], *, merge: int, start: int = 0
 ) -> tuple[Int32[np.ndarray, "3 length"], int]:
-    """Positions by time, height and width of a run of tokens, and the next position after it.
+    """Return the positions of a run of tokens by time, height and width, and the next position after it.
 
-    here: which tokens stand for media; grids: of the images and videos that they stand for, in their order, each step
-    of a video on its own, with text between the steps or none. start: the first position, for tokens behind a prefix.
-    A text token is one position further in all three. A step of h x w tokens stands at one time, spread over h and w
-    positions, and text goes on behind the larger of the two (Qwen Team 2025, "Qwen3-VL Technical Report"). Raises
-    ValueError if the tokens that stand for media are not those that the grids need.
+    A text token is one position further in all three. A step of h x w tokens has one time, and covers h and w
+    positions. The text after it continues behind the larger of the two (Qwen Team 2025, "Qwen3-VL Technical Report").
+
+    Args:
+        here: which tokens stand for media.
+        grids: the grids of these images and videos, in their order. The steps of a video are separate, with or without
+            text between them.
+        merge: the number of patches in each direction that become one token.
+        start: the first position, for tokens behind a prefix.
+
+    Raises:
+        ValueError: the tokens that stand for media do not match the grids.
     """
     sizes = [(height // merge, width // merge) for steps, height, width in grids for _ in range(steps)]
     if here.sum() != (needed := sum(height * width for height, width in sizes)):

@@ -1,11 +1,11 @@
-"""Images become small frames: settings, limits, formats told by content, upright RGB, resizing. Without JAX.
+"""Images become small frames: settings, limits, formats by content, upright RGB, resizing. Nothing here uses JAX.
 
-What comes in is either encoded, as bytes, or already decoded, as Pillow images. What goes out are `Frames`, bytes of
-the size that the model looks at. jaxrank.media.video makes them of video, jaxrank.media.patches cuts them up. Untrusted
-bytes belong in jaxrank.media.decoding, which decodes in a process of its own.
+The input is either encoded, as bytes, or already decoded, as Pillow images. The output is `Frames`: bytes of the size
+that the model sees. jaxrank.media.video makes them from video, and jaxrank.media.patches cuts them. Untrusted bytes
+belong in jaxrank.media.decoding, which decodes in a process of its own.
 
-Sources: sizes are those of the publisher's script (qwen3_vl_reranker.py with qwen_vl_utils), pixels those of
-transformers' Qwen2VLImageProcessorPil, but for 16-bit grey, which is scaled here and clipped there.
+Sources: the sizes are those of the publisher's script (qwen3_vl_reranker.py with qwen_vl_utils). The pixels are those
+of transformers' Qwen2VLImageProcessorPil, except for 16-bit grey. It is scaled here and clipped there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,22 @@ Kind = Literal["image", "video"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the model wants to see. The defaults are the publisher's script's.
+    """How the model needs images and video. The defaults are those of the publisher's script.
 
-    patch_size: pixels, both ways. temporal_patch_size: frames in a patch. merge_size: patches, both ways, that become
-    one token. mean, std: by channel, of values from 0 to 1. min_pixels, max_pixels: of an image. For video: fps, how
-    many frames are taken of a second; min_frames, max_frames, of the whole; min_frame_pixels, max_frame_pixels, of a
-    frame; video_pixels, of all steps together, a step being temporal_patch_size frames.
+    Attributes:
+        patch_size: the pixels of a patch, in each direction.
+        temporal_patch_size: the frames in a patch. So many frames are one step.
+        merge_size: the patches, in each direction, that become one token.
+        mean: the mean of each channel, of values from 0 to 1.
+        std: the standard deviation of each channel, of values from 0 to 1.
+        min_pixels: the least pixels of an image.
+        max_pixels: the most pixels of an image.
+        fps: the frames that are taken from each second of a video.
+        min_frames: the least frames that are taken from a whole video.
+        max_frames: the most frames that are taken from a whole video.
+        min_frame_pixels: the least pixels of a frame of a video.
+        max_frame_pixels: the most pixels of a frame of a video.
+        video_pixels: the pixels of all steps of a video together.
     """
 
     patch_size: int = 16
@@ -50,18 +60,25 @@ class Preprocessing:
 
     @property
     def factor(self) -> int:
-        """Sides of what the model sees are multiples of so many pixels."""
+        """The sides of what the model sees are multiples of this number of pixels."""
         return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused before it costs much. Every one holds for one image or video.
+    """What is refused before it costs much. Each limit holds for one image or video.
 
-    max_bytes: of the file. max_pixels: of an image; Pillow's own limit of 89,478,485 stays. max_frame_pixels: of a
-    frame of an encoded video. max_seconds, max_frames: of an encoded video, before sampling. max_listed: images of a
-    video given as a list. seconds: of decoding, by the clock, and twice that by the processor; memory: bytes of
-    address space; both hold where jaxrank.media.decoding decodes, in its processes.
+    `seconds` and `memory` hold only in the processes of jaxrank.media.decoding.
+
+    Attributes:
+        max_bytes: the bytes of the file.
+        max_pixels: the pixels of an image. Pillow's own limit of 89,478,485 stays.
+        max_frame_pixels: the pixels of a frame of an encoded video.
+        max_seconds: the seconds of an encoded video, before sampling.
+        max_frames: the frames of an encoded video, before sampling.
+        max_listed: the images of a video that is given as a list.
+        seconds: the seconds of decoding by the clock, and twice as many of processor time.
+        memory: the bytes of address space.
     """
 
     max_bytes: int = 20_000_000
@@ -74,12 +91,12 @@ class Limits:
     memory: int = 2 * 2**30
 
     def refusal(self, code: str) -> MediaError:
-        """The error for one of REASONS."""
+        """Return the error for one of REASONS."""
         return MediaError(code, REASONS[code].format(self))
 
 
 MAX_RATIO = 200
-"""Longest side to shortest, as the publisher's script and transformers have it."""
+"""The largest ratio of the longest side to the shortest, as in the publisher's script and transformers."""
 
 REASONS = {
     "empty": "empty: not one byte came",
@@ -104,10 +121,12 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Frames:
-    """An image (one frame) or the sampled frames of a video, of the size that the model sees.
+    """An image (one frame) or the sampled frames of a video, in the size that the model sees.
 
-    pixels: uint8 [frames, height, width, 3], RGB. seconds: of a video the time of each step of temporal_patch_size
-    frames, the last frame counting again where the last step is short; empty for an image.
+    Attributes:
+        pixels: uint8 [frames, height, width, 3], RGB.
+        seconds: for a video, the time of each step of temporal_patch_size frames. If the last step is short, the last
+            frame counts again. It is empty for an image.
     """
 
     pixels: UInt8[np.ndarray, "frames height width 3"]
@@ -115,16 +134,23 @@ class Frames:
 
 
 def image_frames(source: bytes | Image.Image, settings: Preprocessing, limits: Limits) -> Frames:
-    """An image, PNG, JPEG, WebP or GIF (its first picture) where it is encoded. Raises MediaError."""
+    """Decode and resize an image. An encoded one is PNG, JPEG, WebP or GIF (its first picture).
+
+    Raises:
+        MediaError: the image cannot be decoded, or a limit refuses it.
+    """
     image = upright(decode_image(source, limits) if isinstance(source, bytes) else source, limits)
     size = fit(image.height, image.width, settings.factor, settings.min_pixels, settings.max_pixels)
     return Frames(resize(image, size)[None])
 
 
 def fit(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """The height and width, multiples of `factor`, nearest to the given ones with `least` to `most` pixels.
+    """Return the nearest height and width that are multiples of `factor` and have `least` to `most` pixels.
 
-    As transformers' smartresize for Qwen2-VL. Raises MediaError for images longer than MAX_RATIO times their width.
+    This is smartresize of transformers for Qwen2-VL.
+
+    Raises:
+        MediaError: the longer side is more than MAX_RATIO times the shorter one.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise MediaError("too_narrow", REASONS["too_narrow"])
@@ -144,11 +170,15 @@ IMAGE_MAGIC = {
     "GIF": [(0, b"GIF8")],
     "WEBP": [(0, b"RIFF"), (8, b"WEBP")],
 }
-"""Pillow's name of a format, and what has to stand where in the file."""
+"""Pillow's name of a format, and the bytes that the file must have, with their places."""
 
 
 def decode_image(data: bytes, limits: Limits) -> Image.Image:
-    """Pillow's image of an encoded one, its size checked before it is decoded. Raises MediaError."""
+    """Return Pillow's image of an encoded one. Its size is checked before it is decoded.
+
+    Raises:
+        MediaError: the image cannot be decoded, or a limit refuses it.
+    """
     check_bytes(data, limits)
     names = [name for name, marks in IMAGE_MAGIC.items() if all(data.startswith(m, at) for at, m in marks)]
     if not names:
@@ -163,13 +193,17 @@ def decode_image(data: bytes, limits: Limits) -> Image.Image:
         raise limits.refusal("too_many_pixels") from None
     except MemoryError:
         raise limits.refusal("failed") from None
-    except Exception:  # Pillow's plugins raise what comes: OSError, SyntaxError, ValueError, struct.error, zlib.error
+    except Exception:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error
         raise limits.refusal("damaged") from None
     return image
 
 
 def check_bytes(data: bytes, limits: Limits) -> None:
-    """Raise MediaError for no bytes, or too many."""
+    """Check the number of bytes of a file.
+
+    Raises:
+        MediaError: there are no bytes, or too many.
+    """
     if not data:
         raise limits.refusal("empty")
     if len(data) > limits.max_bytes:
@@ -184,11 +218,15 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
 
 
 def upright(image: Image.Image, limits: Limits) -> Image.Image:
-    """The image turned as its EXIF data say, in RGB, what is transparent over white."""
+    """Return the image in RGB, turned as its EXIF data say. Transparent parts become white.
+
+    Raises:
+        MediaError: a limit refuses the image, or it is damaged.
+    """
     _check_size(image, limits)
     try:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would clip at 255, and leave nearly all of it white
+        if image.mode.startswith("I;16"):  # Pillow would clip at 255, and nearly all would become white
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -201,5 +239,10 @@ def upright(image: Image.Image, limits: Limits) -> Image.Image:
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width, 3] of an RGB image; size: height and width."""
+    """Return uint8 [height, width, 3] of an RGB image.
+
+    Args:
+        image: the image.
+        size: the new height and width.
+    """
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""Frames become patches in the order and the numbers of transformers' image and video processors for Qwen3-VL."""
+"""Frames become patches, with the order and the numbers of transformers' image and video processors for Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from jaxrank.types import Patches
 def image_patches(
     source: bytes | Image.Image, settings: Preprocessing | None = None, limits: Limits | None = None
 ) -> Patches:
-    """Patches of an image: an encoded one (PNG, JPEG, WebP, GIF), or Pillow's. Raises MediaError.
+    """Return the patches of an image: an encoded one (PNG, JPEG, WebP, GIF), or Pillow's.
 
-    Decodes in this process: for bytes that are not to be trusted use jaxrank.media.decoding.
+    It is decoded in this process. For bytes that you do not trust, use jaxrank.media.decoding.
+
+    Raises:
+        MediaError: the image cannot be decoded.
     """
     settings = settings or Preprocessing()
     return cut(image_frames(source, settings, limits or Limits()), settings)
@@ -36,18 +39,21 @@ def video_patches(
     limits: Limits | None = None,
     list_fps: float = 2.0,
 ) -> Patches:
-    """Patches of a video: a file (MP4, MOV, WebM), or its frames as images, list_fps a second. Raises MediaError.
+    """Return the patches of a video: a file (MP4, MOV, WebM), or its frames as images, list_fps a second.
 
-    Decodes in this process, as image_patches does.
+    It is decoded in this process, as in image_patches.
+
+    Raises:
+        MediaError: the video cannot be decoded.
     """
     settings = settings or Preprocessing()
     return cut(video_frames(source, settings, limits or Limits(), list_fps), settings)
 
 
 def cut(frames: Frames, settings: Preprocessing) -> Patches:
-    """The frames' patches, normalised: float32 [P, 3 * temporal_patch_size * patch_size**2].
+    """Return the frames' patches, normalised. Each patch has 3 * temporal_patch_size * patch_size**2 values.
 
-    A step that is short of frames repeats its last one, as a still is one frame that stands for a whole step.
+    A step that has too few frames repeats its last one. In the same way the one frame of a still image fills a step.
     """
     step, merge, patch = settings.temporal_patch_size, settings.merge_size, settings.patch_size
     pixels = frames.pixels
@@ -55,7 +61,8 @@ def cut(frames: Frames, settings: Preprocessing) -> Patches:
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
     steps, rows, columns = len(pixels) // step, pixels.shape[1] // patch, pixels.shape[2] // patch
     blocks = pixels.reshape(steps, step, rows // merge, merge, patch, columns // merge, merge, patch, 3)
-    # to (step, block row, block column, row, column of the patch in the block; channel, frame, pixel row, pixel column)
+    # The axes become (step, block row, block column, row, column of the patch in the block; channel, frame, pixel row,
+    # pixel column).
     blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * rows * columns, 3, -1)
     out = np.empty(blocks.shape, np.float32)
     for channel, values in enumerate(_normalised(settings)):
@@ -64,7 +71,10 @@ def cut(frames: Frames, settings: Preprocessing) -> Patches:
 
 
 def _normalised(settings: Preprocessing) -> np.ndarray:
-    """float32 [3, 256]: what becomes of each value of a byte, in the steps and the precision of transformers."""
+    """Return float32 [3, 256]: the normalised value for each value of a byte.
+
+    Steps and precision are those of transformers.
+    """
     rescaled = (np.arange(256) * (1 / 255)).astype(np.float32)
     mean, std = (np.array(values, np.float32)[:, None] for values in (settings.mean, settings.std))
     return (rescaled - mean) / std
@@ -72,11 +82,19 @@ def _normalised(settings: Preprocessing) -> np.ndarray:
 
 CHANGEABLE = ("min_pixels", "max_pixels", "fps", "min_frames", "max_frames", "min_frame_pixels", "max_frame_pixels",
               "video_pixels")  # fmt: skip
-"""What of Preprocessing is not the model's but a choice."""
+"""The fields of Preprocessing that are a choice and not fixed by the model."""
 
 
 def changed(settings: Preprocessing, changes: Mapping[str, int | float]) -> Preprocessing:
-    """Other sizes and sampling, by names of CHANGEABLE. Raises RequestError for values that cannot be."""
+    """Return the settings with other sizes and sampling.
+
+    Args:
+        settings: the settings.
+        changes: values by names of CHANGEABLE.
+
+    Raises:
+        RequestError: a name is not in CHANGEABLE, or a value is not possible.
+    """
     for name, value in changes.items():
         if name not in CHANGEABLE:
             raise RequestError(f"{name} is no size that can be chosen; those are {', '.join(CHANGEABLE)}")
@@ -86,7 +104,7 @@ def changed(settings: Preprocessing, changes: Mapping[str, int | float]) -> Prep
             )
     made = replace(settings, **{name: value if name == "fps" else int(value) for name, value in changes.items()})
     most = PATCH_LADDER[-1] * made.patch_size**2
-    # what a frame cannot be shrunk below (see video.video_size), for all steps
+    # A frame cannot be shrunk below min_frame_pixels (see video.video_size); this is for all steps.
     steps = -(-max(made.min_frames, made.max_frames) // made.temporal_patch_size)
     for small, large, named in (
         (made.factor**2, made.min_pixels, "min_pixels"),
@@ -109,11 +127,21 @@ def changed(settings: Preprocessing, changes: Mapping[str, int | float]) -> Prep
 
 
 def read_preprocessing(folder: str | Path, changes: Mapping[str, int | float] | None = None) -> Preprocessing:
-    """The settings of a model: patches, mean and std as its files say, sizes and sampling as the publisher's script.
+    """Read the settings of a model.
 
-    Looks into config.json, preprocessor_config.json, video_preprocessor_config.json and processor_config.json, which
-    may each be missing. changes: see `changed`. Raises CheckpointError for files that cannot be read or contradict
-    each other, UnsupportedError for processing that is not implemented, RequestError for changes that are off.
+    Patches, mean and std come from its files, sizes and sampling from the publisher's script.
+
+    The files are config.json, preprocessor_config.json, video_preprocessor_config.json and processor_config.json. Each
+    may be missing.
+
+    Args:
+        folder: the model's folder.
+        changes: see `changed`.
+
+    Raises:
+        CheckpointError: a file cannot be read, or files contradict each other.
+        UnsupportedError: the files ask for processing that is not implemented.
+        RequestError: a change is not possible.
     """
     found: dict[str, Any] = {}
     for name, file, part in _places(Path(folder)):
@@ -149,7 +177,7 @@ _EXPECTED = {
 
 
 def _places(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
-    """What the files of a model say of its images and videos: name for messages, file, settings."""
+    """Return what the files of a model say about images and videos: (name for messages, file, settings)."""
     read: list[tuple[str, Path, dict[str, Any]]] = []
     inner = {"config.json": ["vision_config"], "processor_config.json": ["image_processor", "video_processor"]}
     for name in ("config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):

@@ -1,7 +1,7 @@
-"""Video becomes small frames: one file through PyAV, or a list of images. Without JAX.
+"""Video becomes small frames: one file through PyAV, or a list of images. Nothing here uses JAX.
 
-Source of the sampling and the sizes: the publisher's script (qwen3_vl_reranker.py) with qwen_vl_utils; of the times,
-transformers' Qwen3VLProcessor.
+The sampling and the sizes come from the publisher's script (qwen3_vl_reranker.py) with qwen_vl_utils. The times come
+from transformers' Qwen3VLProcessor.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ if TYPE_CHECKING:
 def video_frames(
     source: bytes | Sequence[bytes | Image.Image], settings: Preprocessing, limits: Limits, list_fps: float = 2.0
 ) -> Frames:
-    """A video: a file (MP4, MOV, WebM), or its frames as images of one size. Raises MediaError.
+    """Decode, sample and resize a video.
 
-    list_fps: images a second where it is a list; 2 is what the publisher's script takes them for.
+    Args:
+        source: a file (MP4, MOV, WebM), or the frames of the video as images of one size.
+        settings: how the model needs video.
+        limits: what is refused.
+        list_fps: the images of a list for each second. The publisher's script takes 2.
+
+    Raises:
+        MediaError: the video cannot be decoded, or a limit refuses it.
     """
     if isinstance(source, bytes):
         return _decode_video(source, settings, limits)
@@ -53,7 +60,11 @@ def video_frames(
 
 
 def video_size(height: int, width: int, frames: int, settings: Preprocessing) -> tuple[int, int]:
-    """Height and width of each of `frames` frames: the whole budget shared among the steps, as qwen_vl_utils has it."""
+    """Return the height and width of each of `frames` frames. All steps share the whole budget, as in qwen_vl_utils.
+
+    Raises:
+        MediaError: the frames are too narrow (see images.fit).
+    """
     frames += -frames % settings.temporal_patch_size
     share = settings.video_pixels / frames * settings.temporal_patch_size
     most = max(min(settings.max_frame_pixels, share), int(settings.min_frame_pixels * 1.05))
@@ -61,9 +72,9 @@ def video_size(height: int, width: int, frames: int, settings: Preprocessing) ->
 
 
 def sample(total: int, fps: float, settings: Preprocessing) -> list[int]:
-    """Which of `total` frames, `fps` a second, are taken: evenly spread, whole steps of them, as qwen_vl_utils does.
+    """Return which of `total` frames are taken, if there are `fps` frames a second.
 
-    Of a video shorter than a step, all.
+    They are evenly spread and make whole steps, as in qwen_vl_utils. Of a video shorter than a step, all are taken.
     """
     step = settings.temporal_patch_size
     least, most = math.ceil(settings.min_frames / step) * step, max(settings.max_frames // step, 1) * step
@@ -72,7 +83,10 @@ def sample(total: int, fps: float, settings: Preprocessing) -> list[int]:
 
 
 def step_seconds(times: Sequence[float], step: int) -> tuple[float, ...]:
-    """The middle of each step's first and last time, as transformers' Qwen3VLProcessor writes it into the prompt."""
+    """Return the middle between the first and the last time of each step.
+
+    transformers' Qwen3VLProcessor writes it into the prompt in the same way.
+    """
     padded = [*times, *[times[-1]] * (-len(times) % step)]
     return tuple((padded[i] + padded[i + step - 1]) / 2 for i in range(0, len(padded), step))
 
@@ -87,9 +101,9 @@ def _decode_video(data: bytes, settings: Preprocessing, limits: Limits) -> Frame
     except ImportError:
         raise limits.refusal("no_video") from None
     check_bytes(data, limits)
-    # a named demuxer: guessing would also try playlists, which open further files
+    # The demuxer is named, because guessing would also try playlists, which open further files.
     options: dict[str, Any] = {"mode": "r", "format": _demuxer(data, limits)}
-    if int(av.__version__.split(".")[0]) < 19:  # newer ones always do
+    if int(av.__version__.split(".")[0]) < 19:  # newer versions always do so
         options["metadata_errors"] = "ignore"  # titles need not be UTF-8
     try:
         with av.open(io.BytesIO(data), **options) as container:
@@ -101,13 +115,13 @@ def _decode_video(data: bytes, settings: Preprocessing, limits: Limits) -> Frame
 
 
 def _demuxer(data: bytes, limits: Limits) -> str:
-    """FFmpeg's name of what reads the container, told from the first bytes."""
+    """Return FFmpeg's name of the demuxer for the container, by the first bytes."""
     if data.startswith(b"\x1a\x45\xdf\xa3") and b"webm" in data[:64]:
         return "matroska"
-    # brands of still images and of sound stand in the same container
+    # Still images and sound have brands in the same container.
     if data[4:8] == b"ftyp" and data[8:12] not in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis", b"M4A "):
         return "mov"
-    if data[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip"):  # QuickTime from before there was ftyp
+    if data[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip"):  # QuickTime files from before there was ftyp
         return "mov"
     raise limits.refusal("not_a_video")
 
@@ -115,7 +129,7 @@ def _demuxer(data: bytes, limits: Limits) -> str:
 def _read_video(container: av.container.InputContainer, settings: Preprocessing, limits: Limits) -> Frames:
     if not container.streams.video:
         raise limits.refusal("no_frames")
-    stream = next(filter(_is_taken, container.streams.video), None)  # there may be a cover picture besides
+    stream = next(filter(_is_taken, container.streams.video), None)  # there may also be a cover picture
     if stream is None:
         raise limits.refusal("not_a_video")
     context = stream.codec_context
@@ -139,14 +153,18 @@ def _read_video(container: av.container.InputContainer, settings: Preprocessing,
 
 
 def _is_taken(stream: av.video.stream.VideoStream) -> bool:
-    context = stream.codec_context  # None for codecs that FFmpeg does not know, against what PyAV's types say
+    context = stream.codec_context  # None for codecs that FFmpeg does not know; PyAV's types do not say so
     return context is not None and context.codec.canonical_name in VIDEO_CODECS
 
 
 def _scan(
     container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: Limits
 ) -> tuple[list[int], list[int], float]:
-    """Read through the file without decoding: times of all frames and of key frames, in order, and frames a second."""
+    """Read through the file without decoding.
+
+    Returns:
+        The times of all frames, in order, the times of key frames, in order, and the frames a second.
+    """
     base = float(stream.time_base or 0)
     header = max((container.duration or 0) / 1e6, (stream.duration or 0) * base)
     if header > limits.max_seconds:
@@ -156,7 +174,7 @@ def _scan(
     packets = 0
     for packet in container.demux(stream):
         if packet.size == 0 or packet.pts is None:
-            continue  # the one that says that it is over
+            continue  # this packet marks the end
         packets += 1
         if packets > limits.max_frames:
             raise limits.refusal("too_many_frames")
@@ -179,9 +197,12 @@ def _scan(
 def _pick(
     container: av.container.InputContainer, stream: av.video.stream.VideoStream, wanted: Sequence[int], keys: list[int]
 ) -> Iterator[Image.Image]:
-    """The frames shown at the times `wanted`, which are in order, upright. Jumps over what none of them depends on."""
+    """Yield the frames shown at the times `wanted`, upright. These times are in order.
+
+    The function skips frames that none of the wanted ones depends on.
+    """
     frames: Iterator[av.VideoFrame] = iter(())
-    current = following = None  # what is shown, and what after it
+    current = following = None  # the frame that is shown, and the one after it
     for time in wanted:
         key = keys[bisect.bisect_right(keys, time) - 1]
         if current is None or (following is not None and key > (following.pts or 0)):
@@ -196,7 +217,7 @@ def _pick(
 
 
 def _turn(image: Image.Image, degrees: int) -> Image.Image:
-    """The image turned counter-clockwise, by a multiple of 90 degrees as cameras write it."""
+    """Return the image turned counter-clockwise, by a multiple of 90 degrees as cameras write it."""
     turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
     way = turns.get(degrees % 360)
     return image if way is None else image.transpose(way)

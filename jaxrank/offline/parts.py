@@ -1,8 +1,8 @@
-"""Files of rows to rerank, cut into parts: each part's rows, and its output, which is there whole or not at all.
+"""Files of rows to rerank, cut into parts: each part's rows, and its output, which is complete or not there.
 
-JSON lines (.jsonl, .ndjson) are cut by bytes: a part has the lines that begin in its range, so that no file is read
-through to be cut. A Parquet file's row groups are its parts. Places are local paths or addresses of pyarrow.fs
-(gs://, s3://).
+JSON lines (.jsonl, .ndjson) are cut by bytes: a part has the lines that begin in its range. So no file is read through
+to be cut. A Parquet file's row groups are its parts. Files are given by local paths or addresses of pyarrow.fs (gs://,
+s3://).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxrank.offline.rows import json_object
 
 LINES, COLUMNS = (".jsonl", ".ndjson"), (".parquet",)
 UNFINISHED = "_unfinished"
-"""Folder of outputs that are being written. Readers of data sets skip names that begin with an underscore."""
+"""The folder of outputs that are not complete yet. Readers of data sets skip names that begin with an underscore."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of its output: the same in every run over the same file."""
+        """The name of its output. It is the same in every run over the same file."""
         path = PurePosixPath(self.file)
         suffix = ".parquet" if path.suffix in COLUMNS else ".jsonl"
         return f"{path.stem}-{hashlib.sha256(self.file.encode()).hexdigest()[:8]}-{self.start:015}{suffix}"
@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """An input file, as it was when the job began. changed: its time of change, in nanoseconds."""
+    """An input file, as it was when the job began. `changed` is its time of change, in nanoseconds."""
 
     file: str
     size: int
@@ -56,7 +56,11 @@ class Source:
 
 
 def opened(place: str) -> tuple[Any, str]:
-    """The file system of a path or address, and the path in it. Raises RequestError."""
+    """Return the file system of a path or address, and the path in it.
+
+    Raises:
+        RequestError: the place is not valid.
+    """
     try:
         return fs.FileSystem.from_uri(place if "://" in place else str(Path(place).absolute()))
     except (pa.ArrowException, ValueError) as error:
@@ -64,7 +68,11 @@ def opened(place: str) -> tuple[Any, str]:
 
 
 def find(places: Sequence[str]) -> list[Source]:
-    """The files in question, folders with all that is under them, in order. Raises RequestError."""
+    """Return the input files, in order. A folder gives all files under it.
+
+    Raises:
+        RequestError: a place does not exist, or a file has another format.
+    """
     found: list[Source] = []
     for place in places:
         system, path = opened(place)
@@ -88,7 +96,7 @@ def find(places: Sequence[str]) -> list[Source]:
 
 
 def cut(source: Source, part_bytes: int) -> list[Part]:
-    """The parts of a file. part_bytes: of lines."""
+    """Return the parts of a file. `part_bytes` is the size of a part of lines."""
     if PurePosixPath(source.file).suffix in LINES:
         ends = range(0, source.size, part_bytes)
         return [Part(source.file, start, min(start + part_bytes, source.size)) for start in ends]
@@ -104,7 +112,7 @@ class Lines:
         self._part = part
         with _open(part.file) as stream:
             at = part.start
-            if at:  # the end of a line that began before; nothing, if one ends right here
+            if at:  # skip the end of a line that began before; it is empty if a line ends here
                 stream.seek(at - 1)
                 at += len(stream.readline()) - 1
             self._begin = at
@@ -114,7 +122,8 @@ class Lines:
                 at += len(line)
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """(number of the line in the part, from 0; what it holds, or the RequestError why it holds no row)."""
+        """Yield (number of the line in the part, from 0; its content, or the RequestError that says why it holds no
+        row)."""
         for number, line in enumerate(self._lines):
             if line.strip():
                 row = json_object(line)
@@ -125,7 +134,7 @@ class Lines:
 
     @cached_property
     def _lines_before(self) -> int:
-        """Read when there is something to complain of."""
+        """Return the number of lines before the part. It is read only for messages."""
         count, left = 0, self._begin
         with _open(self._part.file) as stream:
             while left:
@@ -135,7 +144,7 @@ class Lines:
         return count
 
     def output(self, scores: dict[int, list[float]], rows: dict[int, Any], without: str) -> bytes:
-        """A line for each row that has scores: the row, without its documents, with them."""
+        """Return a line for each row that has scores: the row without its documents, with the scores."""
         made = []
         for number, of_row in scores.items():
             kept = {name: value for name, value in rows[number].items() if name != without}
@@ -162,7 +171,7 @@ class Columns:
         return f"{self._part.file}, row {self._rows_before + number}"
 
     def output(self, scores: dict[int, list[float]], rows: dict[int, Any], without: str) -> bytes:
-        """The columns but for the documents, and `scores`."""
+        """Return the columns without the documents, and `scores`."""
         table = self._table.take(list(scores))
         table = table.drop_columns([name for name in (without, "scores") if name in table.column_names])
         table = table.append_column("scores", pa.array(list(scores.values()), pa.list_(pa.float32())))
@@ -172,40 +181,46 @@ class Columns:
 
 
 def read(part: Part, names: Sequence[str]) -> Lines | Columns:
-    """The rows of a part. names: of the columns that are looked at. Raises RequestError."""
+    """Return the rows of a part. `names` are the names of the columns that are needed.
+
+    Raises:
+        RequestError: the file cannot be read.
+    """
     return Lines(part) if PurePosixPath(part.file).suffix in LINES else Columns(part, names)
 
 
 def write(folder: str, name: str, content: bytes) -> None:
-    """The file `name` in a folder, or below it, whole or not at all, whoever ends in between; one that is there is
-    replaced."""
+    """Write the file `name` in a folder, or below it. An existing file is replaced.
+
+    The file is complete or not there, whenever the process ends.
+    """
     system, path = opened(folder)
     unfinished, final = f"{path}/{UNFINISHED}/{uuid.uuid4().hex}", f"{path}/{name}"
     for place in (unfinished, final):
         system.create_dir(str(PurePosixPath(place).parent), recursive=True)
     with system.open_output_stream(unfinished) as out:
         out.write(content)
-    if isinstance(system, fs.LocalFileSystem):  # the name must not survive a power cut without what it names
+    if isinstance(system, fs.LocalFileSystem):  # after a power cut the name must not exist without the content
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
     system.move(unfinished, final)
 
 
 def names_in(folder: str) -> set[str]:
-    """The files in a folder; none where there is no folder."""
+    """Return the files in a folder, or none if there is no folder."""
     system, path = opened(folder)
     infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
     return {info.base_name for info in infos if info.is_file}
 
 
 def content_of(folder: str, name: str) -> bytes:
-    """What a file in a folder holds."""
+    """Return the content of a file in a folder."""
     with _open(f"{folder}/{name}") as stream:
         return stream.read()
 
 
 def clear_unfinished(folder: str) -> None:
-    """Remove what was never finished. For when nobody writes any more."""
+    """Remove what was never finished. Call it only when nothing writes any more."""
     system, path = opened(folder)
     if system.get_file_info(f"{path}/{UNFINISHED}").type == fs.FileType.Directory:
         system.delete_dir(f"{path}/{UNFINISHED}")

@@ -1,1 +1,1 @@
-"""Encoded pairs become scores: packed rows, compiled programs, calls of the device."""
+"""Encoded pairs become scores: packed rows, compiled programs, device calls."""

@@ -1,7 +1,7 @@
-"""Which attention body a model computes with: decided once, checked on its device, and written into its modules.
+"""The attention body of a model. It is chosen once, checked on the model's device, and written into its modules.
 
-A body is right if it computes what `dense` does in float32, of one small packed row with the model's own heads. That
-costs two small programs, and one more for each body that fails.
+A body is right if its result agrees with that of `dense` in float32, for one small packed row with the model's own
+heads. The check costs two small programs, and one more for each body that fails.
 """
 
 from __future__ import annotations
@@ -29,27 +29,33 @@ from jaxrank.sharding import MODEL, specs
 from jaxrank.types import AttentionShape, Encoded, Packed
 
 TOLERANCE = 0.02
-"""Of the norm of a result. Operands in bfloat16 make 0.002 to 0.005 of it, one wrong tile makes more."""
+"""The largest difference that is allowed, as a share of the norm of a result.
+
+Operands in bfloat16 give 0.002 to 0.005. One wrong tile gives more than the tolerance.
+"""
 
 TOKENS = 512
 STARS = ((70, (33, 1, 90)), (130, (64, 17)))
-"""(tokens of the prefix, of each document) of two requests; beside them, 107 tokens are filler."""
+"""Two requests, as (tokens of the prefix, tokens of each document).
+
+With them in the row, 107 tokens are filler.
+"""
 DOCUMENTS = ((0, (190, 1, 64, 129, 21)),)
-"""The same of a model that looks both ways."""
+"""The same for a model whose tokens attend in both directions."""
 LARGE = 1e30
 
 log = logging.getLogger(__name__)
 
 
 class Failure(NamedTuple):
-    """An attention body that is not used, and why not."""
+    """An attention body that is not used, and the reason."""
 
     implementation: str
     reason: str
 
 
 class Choice(NamedTuple):
-    """The attention body that is used, and those before it in the line, which failed on this device."""
+    """The attention body that is used, and the faster ones that failed on this device."""
 
     implementation: str
     failed: tuple[Failure, ...] = ()
@@ -60,12 +66,24 @@ class Choice(NamedTuple):
 
 
 def settle(module: Any, *, causal: bool, dtype: DTypeLike, mesh: Mesh | None = None) -> Choice:
-    """The attention body for a model or a vision tower, or for its outline, into which it is written.
+    """Choose the attention body of a model, a vision tower or an outline, and write its name into the modules.
 
-    One that its modules name already is kept; otherwise it is the first in the device's line that is right. XLA's own
-    bodies are not checked on CPU, where nothing else is in line. causal: whether rows hold stars of tokens that see
-    what stands before them; otherwise documents that look both ways. dtype: of the matrices. mesh: the devices, where
-    they are several. Raises RequestError if a name is unknown, ModelError if what is named, or all in line, are wrong.
+    If the modules name a body already, that one is kept. Otherwise the first body in the device's line that is right is
+    taken. On CPU the bodies of XLA are not checked, because nothing else is in line there.
+
+    Args:
+        module: the model, tower or outline.
+        causal: whether rows hold prefixes with several documents, and each token sees what stands before it. Otherwise
+            rows hold documents whose tokens attend in both directions.
+        dtype: the dtype of the matrices.
+        mesh: the devices, if there are several.
+
+    Returns:
+        The chosen body, and those that failed.
+
+    Raises:
+        RequestError: the name is unknown.
+        ModelError: the named body is wrong, or all bodies in line are wrong.
     """
     named: str | None = module.implementation
     if named is not None and named not in IMPLEMENTATIONS:
@@ -83,14 +101,18 @@ def settle(module: Any, *, causal: bool, dtype: DTypeLike, mesh: Mesh | None = N
 
 
 def use_implementation(module: nnx.Module, implementation: str | None) -> None:
-    """Write the name of an attention body into all modules that carry one."""
+    """Write the name of an attention body into all modules that have a field for it."""
     for _, one in nnx.iter_modules(module):
         if hasattr(one, "implementation"):
             setattr(one, "implementation", implementation)  # noqa: B010  # nnx.Module declares no such attribute
 
 
 def shape_of_part(module: Any, mesh: Mesh | None) -> AttentionShape:
-    """What one device has of a module's heads. UnsupportedError if the devices cannot share them."""
+    """Return the shape of one device's part of a module's heads.
+
+    Raises:
+        UnsupportedError: the devices cannot share the heads.
+    """
     shape: AttentionShape = module.config.attention
     if mesh is None or mesh.shape[MODEL] == 1:
         return shape
@@ -100,15 +122,17 @@ def shape_of_part(module: Any, mesh: Mesh | None) -> AttentionShape:
 
 
 def everywhere(right: bool) -> bool:
-    """Whether it is so in all processes, each of which must ask."""
+    """Return whether `right` is true in all processes. Every process must call this function."""
     return bool(multihost_utils.process_allgather(np.array(right)).all())
 
 
 class Sample:
-    """A packed row with filler at its end, and what attention draws from: normal numbers with a fixed seed.
+    """A packed row with filler at its end, and the operands of attention: normal numbers with a fixed seed.
 
-    q, k, v: in dtype, the model's. Their filler is what no result may show: NaN, and in v large numbers, since a weight
-    of 0 makes NaN of NaN. normed: queries, keys and scale for norm_rotary; none where a model does without.
+    Attributes:
+        drawn: q, k and v in `dtype`, the model's. Their filler holds values that no result may contain. These are NaN
+            in q and k, and large numbers in v, because a weight of 0 times NaN is NaN.
+        normed: queries, keys and scale for norm_rotary. It is empty where a model does not use norm_rotary.
     """
 
     def __init__(self, shape: AttentionShape, causal: bool, dtype: DTypeLike) -> None:
@@ -130,14 +154,21 @@ class Sample:
             self.normed = tuple(rng.standard_normal(size, np.float32) for size in (*sizes[:2], shape.size))
 
     def row(self, implementation: str) -> Packed:
-        """For that body."""
+        """Return the packed row for that body."""
         return pack(self.pairs, TOKENS, causal=self.causal, implementation=implementation)
 
 
 def choose(line: Sequence[str], sample: Sample, device: Any, agree: Callable[[bool], bool] = bool) -> Choice:
-    """The first attention body in the line that is right on the device; a warning names each that is not.
+    """Return the first attention body in the line that is right on the device. A warning names each one that is not.
 
-    agree: from whether a body is right here to whether it is in every process. Raises ModelError if none is.
+    Args:
+        line: the names of the bodies, the fastest first.
+        sample: the input of the check.
+        device: the device.
+        agree: a function from "the body is right here" to "it is right in every process".
+
+    Raises:
+        ModelError: no body in the line is right.
     """
     want = results("dense", sample, jnp.float32, device)
     failed: list[Failure] = []
@@ -157,27 +188,35 @@ def choose(line: Sequence[str], sample: Sample, device: Any, agree: Callable[[bo
 
 
 Results = dict[str, np.ndarray]
-"""What a body computes of a sample, by what it is; float64."""
+"""The results of a body for a sample, by their names. They are float64."""
 
 
 def find_fault(implementation: str, sample: Sample, want: Results, device: Any) -> str | None:
-    """What is wrong with that body on the device, in a line; None if nothing is. want: what is right."""
+    """Return in one line what is wrong with that body on the device, or None if it is right.
+
+    Args:
+        want: the right results.
+    """
     try:
         got = results(implementation, sample, operand_dtype(sample.dtype, implementation), device)
-    except Exception as error:  # compilers and drivers raise anything
+    except Exception as error:  # compilers and drivers raise all kinds of exceptions
         said = str(error).strip().partition("\n")[0][:200]
         return f"{type(error).__name__}: {said}"
     for part, mine in got.items():
         if not np.isfinite(mine).all():
             return f"{part} has NaN or infinity"
         difference = np.linalg.norm(mine - want[part]) / np.linalg.norm(want[part])
-        if not difference <= TOLERANCE:  # nor NaN
+        if not difference <= TOLERANCE:  # NaN is no match either
             return f"{part} is off by {difference:.1%} of its norm"
     return None
 
 
 def results(implementation: str, sample: Sample, dtype: DTypeLike, device: Any) -> Results:
-    """What a body makes of the sample, by a program of its own. dtype: of q, k and v."""
+    """Run a body on the sample in a program of its own.
+
+    Args:
+        dtype: the dtype of q, k and v.
+    """
     program = jax.jit(partial(compute, implementation=implementation, dtype=dtype))
     with jax.default_matmul_precision("highest") if implementation == "dense" else nullcontext():
         made = program(*jax.device_put((sample.row(implementation), sample.drawn, sample.normed), device))
@@ -187,8 +226,10 @@ def results(implementation: str, sample: Sample, dtype: DTypeLike, device: Any) 
 def compute(
     row: Packed, drawn: Sequence[Array], normed: Sequence[Array], *, implementation: str, dtype: DTypeLike
 ) -> dict[str, Array]:
-    """Attention of all rows, of the scored ones, and where a model has it, what stands before it; all read as models
-    have it, out of one product."""
+    """Compute attention of all rows and of the scored rows, and norm_rotary where a model has it.
+
+    All operands are read as models have them, as parts of one product.
+    """
     q, k, v = side_by_side(drawn, dtype, implementation)
     size = q.shape[-1]
     draw: Any = partial(attention, scale=size**-0.5, implementation=implementation)
@@ -208,7 +249,7 @@ def compute(
 
 
 def side_by_side(parts: Sequence[Array], dtype: DTypeLike, implementation: str) -> list[Any]:
-    """Arrays [T, heads, H] as attention reads them where they are columns of one."""
+    """Return arrays [T, heads, H] in the form in which attention reads columns of one array."""
     together = jnp.concatenate([part.astype(dtype).reshape(len(part), -1) for part in parts], 1)
     found, first = [], 0
     for part in parts:

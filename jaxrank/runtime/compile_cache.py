@@ -1,4 +1,4 @@
-"""XLA's compilations: counted, and kept on disk."""
+"""Counts XLA's compilations, and keeps compiled programs on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrank.errors import ModelError
 
 
 class CompilationCounter:
-    """Counts XLA compilations in this process (those answered by the cache too) for as long as it lives."""
+    """Count XLA compilations in this process for as long as it lives. Those that the cache answers count too."""
 
     def __init__(self) -> None:
         counter = Counter[str]()
@@ -37,15 +37,17 @@ class CompilationCounter:
 
     @property
     def from_cache(self) -> int:
-        """Those of them that the persistent cache answered."""
+        """The number of them that the persistent cache answered."""
         return self._counter["/jax/compilation_cache/cache_hits"]
 
 
 def use_compilation_cache(folder: Path) -> None:
     """Turn on JAX's persistent compilation cache for all programs of this process, unless one is already set.
 
-    Compiled programs are code: the folder is made readable and writable for its owner alone, and one that others
-    can write to is refused with ModelError.
+    Compiled programs are code. So only the owner may read and write the folder.
+
+    Raises:
+        ModelError: the folder cannot be made, or others can write to it.
     """
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return

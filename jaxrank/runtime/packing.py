@@ -1,7 +1,7 @@
 """From encoded pairs to packed rows: whole pairs side by side in one row of T tokens, T from a short ladder.
 
-A row has no padding between pairs; only the step from its tokens to the next bucket is filler. What the pairs of a
-request share as a prefix, a causal model computes once a row.
+There is no padding between the pairs of a row. Only the tokens between the last pair and the end of the bucket are
+filler. A causal model computes the shared prefix of a request's pairs once in each row.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from jaxrank.kernels import make_layout
 from jaxrank.types import Encoded, Media, MediaTokens, Packed, Patches
 
 LADDER = tuple(step * 2**power for power in range(7, 16) for step in (1, 1.5))
-"""128, 192, 256, 384, ... tokens: doubling, with a step between that halves the filler of a row's end."""
+"""The row lengths in tokens: 128, 192, 256, 384, ... They double, with one step in between, which halves the filler."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the vision tower made of images and videos: [tokens, U, D] of each, on the host.
+    """The vision tower's features of images and videos: one array [tokens, U, D] for each, on the host.
 
-    shape: (U, D). dtype: of the features.
+    Attributes:
+        shape: (U, D).
+        dtype: the dtype of the features.
     """
 
     shape: tuple[int, int]
@@ -32,19 +34,19 @@ class Features:
     of: Mapping[Patches, Float[np.ndarray, "tokens U D"]] = field(default_factory=dict)
 
     def none(self, tokens: int) -> MediaTokens:
-        """Those of a row that has no media yet."""
+        """Return the features of a row that has no media yet."""
         return MediaTokens(np.zeros(tokens, bool), np.zeros((tokens, *self.shape), self.dtype))
 
 
 def slots(tokens: int) -> int:
-    """S, the pairs that a row of T tokens has slots for: pairs of 16 tokens on average still fill a row."""
+    """Return S, the number of pairs that a row of T tokens has slots for. A row of pairs of 16 tokens is still full."""
     return max(8, tokens // 16)
 
 
 def buckets(row_tokens: int, max_length: int, *, long_steps: bool = True) -> list[int]:
-    """The row lengths T to compile: the ladder up to the usual row, and on to the longest single pair.
+    """Return the row lengths T to compile: the ladder up to the usual row, and on to the longest single pair.
 
-    Without long_steps there is one bucket above the usual row: enough where filler costs no time.
+    Without long_steps there is one bucket above the usual row. That is enough where filler costs no time.
     """
     ladder = [int(t) for t in LADDER]
     usual, top = (next(t for t in ladder if t >= tokens) for tokens in (row_tokens, max(row_tokens, max_length)))
@@ -52,19 +54,29 @@ def buckets(row_tokens: int, max_length: int, *, long_steps: bool = True) -> lis
 
 
 def media_buckets(usual: Sequence[int]) -> list[int]:
-    """Those of the row lengths that rows with images and video come in: without the smallest, which few of them would
-    be, so that all programs of a model, its vision tower's included, are less than 40 at any row_tokens and max_length.
+    """Return the row lengths for rows with images and video: all but the smallest ones.
+
+    Few such rows would be so short. In this way a model has fewer than 40 programs, its vision tower's included, at any
+    row_tokens and max_length.
     """
     return [tokens for tokens in usual if tokens >= 256] or [*usual][-1:]
 
 
 def plan(pairs: Sequence[Encoded], row_tokens: int) -> list[list[int]]:
-    """Which pairs share a row: first fit, longest first; `row_tokens` tokens and slots(row_tokens) pairs at most.
+    """Choose which pairs share a row: first fit, longest first.
 
-    Pairs with one prefix go together: all of them into the first row that holds them, or else one by one, first into
-    rows that have their prefix already; a row counts a prefix once. A pair longer than row_tokens has a row of its
-    own. Returns lists of indices into `pairs`, the largest first. First fit decreasing wastes at most 2/9 of the rows
-    (Johnson 1973), in practice a few tokens.
+    Pairs with one prefix stay together. All of them go into the first row that has room for them all. If there is none,
+    they go one by one, first into rows that have their prefix already. A row counts a prefix once. A pair longer than
+    row_tokens has a row of its own.
+
+    First fit decreasing wastes at most 2/9 of the rows (Johnson 1973). In practice it wastes a few tokens.
+
+    Args:
+        pairs: the pairs.
+        row_tokens: the most tokens of a row. It takes at most slots(row_tokens) pairs.
+
+    Returns:
+        Lists of indices into `pairs`, the largest row first.
     """
     most = slots(row_tokens)
     rows: list[list[int]] = []
@@ -106,7 +118,7 @@ def plan(pairs: Sequence[Encoded], row_tokens: int) -> list[list[int]]:
 
 
 def row_size(pairs: Sequence[Encoded]) -> int:
-    """How many tokens of a row the pairs take, every prefix counted once."""
+    """Return the number of tokens that the pairs take in a row, with every prefix counted once."""
     prefixes = {pair.prefix_key: len(pair.prefix) for pair in pairs}
     return sum(len(pair.tokens) for pair in pairs) + sum(prefixes.values())
 
@@ -119,12 +131,21 @@ def pack(
     implementation: str | None = None,
     features: Features | None = None,
 ) -> Packed:
-    """One row of `tokens` tokens holding `pairs` in order, pair i scored in slot i; ValueError if they do not fit.
+    """Pack `pairs` in order into one row of `tokens` tokens. Pair i is scored in slot i.
 
-    A prefix stands once, before the first pair that has it: a star, whose pairs see it and themselves. causal: tokens
-    see what stands before them in their pair, and themselves; otherwise the whole pair, which can have no prefix.
-    implementation: of the attention that the layouts are for; None as in kernels.pick. features: of the pairs'
-    images and videos; a row has place for them where it is given, be there any or not.
+    A prefix stands once, before the first pair that has it. Each of its pairs sees the prefix and itself.
+
+    Args:
+        pairs: the pairs.
+        tokens: the length of the row.
+        causal: whether a token sees only itself and what stands before it in its pair. Otherwise it sees the whole
+            pair, which then can have no prefix.
+        implementation: the attention body that the layouts are for. None is as in kernels.pick.
+        features: the features of the pairs' images and videos. If they are given, the row has a place for them, even if
+            it holds no media.
+
+    Raises:
+        ValueError: the pairs do not fit the row, media have no features, or a pair that is not causal has a prefix.
     """
     used, most = row_size(pairs), slots(tokens)
     if used > tokens or len(pairs) > most:
@@ -138,7 +159,7 @@ def pack(
     end = 0
 
     def lay(ids: np.ndarray, prefix: tuple[int, int], mine: Media | None) -> int:
-        """Put tokens at the end of what there is, after the tokens of their prefix; where they begin."""
+        """Put tokens at the end of the row, after the tokens of their prefix, and return where they begin."""
         nonlocal end
         start, end = end, end + len(ids)
         row[start:end] = ids
@@ -167,7 +188,11 @@ def pack(
 
 
 def bucket_of(lengths: int, count: int, ladder: Sequence[int]) -> int:
-    """The smallest bucket that holds `count` pairs of `lengths` tokens in all."""
+    """Return the smallest bucket that holds `count` pairs of `lengths` tokens in all.
+
+    Raises:
+        ValueError: no bucket holds them.
+    """
     for tokens in ladder:
         if lengths <= tokens and count <= slots(tokens):
             return tokens

@@ -1,7 +1,8 @@
 """From images and video to rows of patches for the vision tower (numpy, on the host).
 
-A row holds whole images and videos side by side, P patches from a short ladder; an image, and each temporal step of a
-video, is one segment whose patches see each other alone. What the tower makes of a row is cut back by media.
+A row holds whole images and videos side by side, with P patches from a short ladder. An image is one segment, and so is
+each temporal step of a video. The patches of a segment see only each other. The tower's output for a row is split again
+into one part for each item.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from jaxrank.media.grid import PATCH_LADDER, Grid, tokens_of
 from jaxrank.types import Patches, PatchRow
 
 USUAL_PATCHES = 8192
-"""Up to here small images are put together in a row."""
+"""Small images share a row up to this number of patches."""
 
 
 def patch_bucket(patches: int, ladder: Sequence[int] = PATCH_LADDER) -> int:
-    """The smallest size that holds so many patches. Raises ValueError if none does."""
+    """Return the smallest size that holds so many patches.
+
+    Raises:
+        ValueError: no size holds them.
+    """
     for size in ladder:
         if patches <= size:
             return size
@@ -29,9 +34,10 @@ def patch_bucket(patches: int, ladder: Sequence[int] = PATCH_LADDER) -> int:
 
 
 def plan_patches(media: Sequence[Patches], row_patches: int = USUAL_PATCHES) -> list[list[int]]:
-    """Which media share a row: first fit, largest first; larger ones than row_patches have a row of their own.
+    """Choose which media share a row: first fit, largest first. Media larger than row_patches have a row of their own.
 
-    Returns lists of indices into `media`.
+    Returns:
+        Lists of indices into `media`.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -50,11 +56,18 @@ def plan_patches(media: Sequence[Patches], row_patches: int = USUAL_PATCHES) -> 
 def pack_patches(
     media: Sequence[Patches], patches: int, *, values: int, merge: int, side: int, implementation: str | None = None
 ) -> PatchRow:
-    """One row of `patches` patches holding `media` in order, filler behind them.
+    """Pack `media` in order into one row of `patches` patches, with filler behind them.
 
-    values: E, of a patch; merge: patches of a token, in each direction; side: rows and columns of the learned position
-    table. implementation: of the attention that the layout is for; None as in kernels.pick. Raises ValueError if
-    media do not fit the row, or if their pixels do not fit their grid.
+    Args:
+        media: the images and videos.
+        patches: the length of the row.
+        values: E, the number of values of a patch.
+        merge: the number of patches of a token, in each direction.
+        side: the number of rows and of columns of the learned position table.
+        implementation: the attention body that the layout is for. None is as in kernels.pick.
+
+    Raises:
+        ValueError: the media do not fit the row, or their pixels do not fit their grid.
     """
     pixels = np.zeros((patches, values), np.float32)
     corners = np.zeros((patches, 4), np.int32)
@@ -85,7 +98,8 @@ def pack_patches(
 
 
 def block_order(height: int, width: int, merge: int) -> Int32[np.ndarray, "P 2"]:
-    """Row and column of every patch of an image, block by block of merge x merge, as image processors order them."""
+    """Return the row and column of every patch of an image, in the order of image processors: in blocks of merge x
+    merge."""
     places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1).astype(np.int32)
     blocks = places.reshape(height // merge, merge, width // merge, merge, 2)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
@@ -94,8 +108,10 @@ def block_order(height: int, width: int, merge: int) -> Int32[np.ndarray, "P 2"]
 def between(
     places: Int32[np.ndarray, "P 2"], size: tuple[int, int], side: int
 ) -> tuple[Int32[np.ndarray, "P 4"], Float32[np.ndarray, "P 4"]]:
-    """The four entries of a side x side table between which a patch lies, and their shares: bilinear interpolation
-    that puts the corners of the image on the corners of the table."""
+    """Return the four entries of a side x side table around each patch, and their shares.
+
+    This is bilinear interpolation that puts the corners of the image on the corners of the table.
+    """
     at = places.astype(np.float32) * np.float32(side - 1) / np.maximum(np.array(size, np.float32) - 1, 1)
     low = at.astype(np.int32)
     high = np.minimum(low + 1, side - 1)
@@ -108,6 +124,13 @@ def between(
 
 
 def cut_features(features: Any, grids: Sequence[Grid], merge: int) -> list[Any]:
-    """What the tower made of a row, [P / merge^2, U, D] of any array type, as [tokens, U, D] for each of its media."""
+    """Split the tower's output for a row into one array for each item.
+
+    Args:
+        features: an array [P / merge^2, U, D] of any array type.
+
+    Returns:
+        One array [tokens, U, D] for each image or video.
+    """
     ends = np.cumsum([tokens_of(grid, merge) for grid in grids])
     return [features[end - tokens_of(grid, merge) : end] for grid, end in zip(grids, ends.tolist(), strict=True)]

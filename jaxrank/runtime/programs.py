@@ -1,4 +1,4 @@
-"""What is compiled for each row length: whole models over stacked layers, or in parts on CPU."""
+"""What is compiled for each row length: whole models over stacked layers, or models in parts on CPU."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from jaxrank.sharding import DATA, MODEL, arranged, over_mesh, shardings
 from jaxrank.types import Packed
 
 WIDE = 2048
-"""Models of at least this width get 64 MiB of on-chip memory for a product's tiles on TPU, others 32; 16 are usual. By
-the compiler's estimate a layer of Qwen3-Reranker-4B takes 40 % less time for it on v5e and 32 % less on v6e, one of
-bge-reranker-v2-m3 2 % less on v5e and 21 % less on v5p."""
+"""Models of at least this width get 64 MiB of on-chip memory for the tiles of a product on TPU.
+
+Other models get 32 MiB; the usual amount is 16 MiB. By the compiler's estimate, a layer of Qwen3-Reranker-4B takes 40 %
+less time with it on v5e, and 32 % less on v6e. A layer of bge-reranker-v2-m3 takes 2 % less on v5e and 21 % less on
+v5p.
+"""
 
 Program = Callable[[Packed], jax.Array]
-"""Compiled for one bucket: a packed row in, float32 logits [S] out."""
+"""A program compiled for one bucket: a packed row in, float32 logits [S] out."""
 
 
 def take_tower(model: Any) -> Any:
-    """The vision tower of the model, taken out of it: programs that read tokens must not carry its weights. None if the
-    model has none."""
+    """Take the vision tower out of the model and return it. Return None if the model has none.
+
+    Programs that read tokens must not hold the tower's weights.
+    """
     tower = getattr(model, "vision", None)
     if tower is not None:
         del model.vision
@@ -35,21 +40,37 @@ def take_tower(model: Any) -> Any:
 
 
 def compile_whole(model: nnx.Module) -> Callable[[Packed], Program]:
-    """For accelerators: a bucket is one program, with a scan over the stacked layers."""
+    """Return the compiler for accelerators: a bucket is one program, with a scan over the stacked layers."""
     return ahead_of_time(*whole(model))
 
 
 def ahead_of_time(run: Any, state: Any) -> Callable[[Any], Callable[[Any], jax.Array]]:
-    """From a jitted (state, row) -> result, and the state, to what compiles it for rows shaped as a sample."""
+    """Return a function that compiles a program for one device, for rows with the shape of a sample.
+
+    Args:
+        run: the jitted function (state, row) -> result.
+        state: the state.
+    """
     return lambda sample: partial(run.lower(state, sample).compile(), state)
 
 
 Batched = Callable[[Sequence[Any]], Sequence[Any] | jax.Array]
-"""Compiled for rows of one size: so many as run side by side in, as many results out, listed or on a leading axis."""
+"""A program compiled for rows of one size.
+
+It takes as many rows as run side by side, and gives as many results, in a list or on a leading axis.
+"""
 
 
 def side_by_side(run: Any, state: Any, mesh: Mesh) -> Callable[[Any], Batched]:
-    """The same for a mesh: what is compiled takes as many rows as there are copies of the weights."""
+    """Return a function that compiles a program for a mesh, for rows with the shape of a sample.
+
+    The program takes as many rows as there are copies of the weights.
+
+    Args:
+        run: the jitted function (state, rows) -> result.
+        state: the state.
+        mesh: the mesh.
+    """
     apart = NamedSharding(mesh, PartitionSpec(DATA))
     places = shardings(state, mesh)
     if is_outline(state):
@@ -68,7 +89,7 @@ def side_by_side(run: Any, state: Any, mesh: Mesh) -> Callable[[Any], Batched]:
 
         def put(*leaves: Any) -> jax.Array:
             together = np.stack(leaves)
-            # jax.device_put would have several processes compare it first
+            # jax.device_put would make several processes compare it first
             return jax.make_array_from_callback(together.shape, apart, lambda cut: together[cut])
 
         return lambda rows: program(state, jax.tree.map(put, *rows))
@@ -77,12 +98,12 @@ def side_by_side(run: Any, state: Any, mesh: Mesh) -> Callable[[Any], Batched]:
 
 
 def is_outline(state: Any) -> bool:
-    """Whether a model's state has shapes in place of numbers: its programs can be compiled, not run."""
+    """Return whether a model's state has shapes in place of numbers. Its programs can be compiled but not run."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
 
 
 def one_by_one(compile: Callable[[Any], Callable[[Any], Any]]) -> Callable[[Any], Batched]:
-    """Turns a compiler of programs for one row into a compiler of programs for a list of one row."""
+    """Turn a compiler of programs for one row into a compiler of programs for a list of one row."""
 
     def compile_for_lists(sample: Any) -> Batched:
         program = compile(sample)
@@ -92,20 +113,25 @@ def one_by_one(compile: Callable[[Any], Callable[[Any], Any]]) -> Callable[[Any]
 
 
 def fetched(results: Sequence[Any] | jax.Array) -> Sequence[Any] | np.ndarray:
-    """Results of rows that ran side by side, on the host, by row."""
+    """Return the results of rows that ran side by side, on the host, by row."""
     return np.asarray(results) if isinstance(results, jax.Array) else [np.asarray(result) for result in results]
 
 
 def whole(model: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
-    """The jitted (state, packed row) -> logits with a scan over the stacked layers, and the state. Takes the model's
-    layers away. A model of outlines gives a state of outlines. With a mesh: see sharding.over_mesh."""
+    """Return the jitted (state, packed row) -> logits with a scan over the stacked layers, and the state.
+
+    The layers are taken out of the model. A model of outlines gives a state of outlines. For a mesh see
+    sharding.over_mesh.
+    """
     stack_layers(model)
     return _jitted(model, mesh)
 
 
 def whole_tower(tower: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
-    """The jitted (state, row of patches) -> features, and the state, as `whole` has it for a model of text: with a scan
-    over the layers of each stage. Takes the tower's layers away."""
+    """Return the jitted (state, row of patches) -> features with a scan over the layers of each stage, and the state.
+
+    It is to a tower what `whole` is to a text model. The layers are taken out of the tower.
+    """
     stack_layers(tower)
     return _jitted(tower, mesh)
 
@@ -125,9 +151,9 @@ def _jitted(module: Any, mesh: Mesh | None) -> tuple[Any, Any]:
 
 
 def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:
-    """For CPU: a bucket is three programs, and all layers but the last run through the same one.
+    """Return the compiler for CPU: a bucket is three programs, and all layers but the last run through the same one.
 
-    XLA's CPU backend converts a stacked bfloat16 array as a whole at every call, so a scan is slow there, and a program
+    XLA's CPU backend converts a stacked bfloat16 array as a whole at every call, so a scan is slow there. One program
     of all 24 layers takes 70 MB and many seconds of compilation in every bucket.
     """
     graph, state = nnx.split(model)
@@ -138,7 +164,8 @@ def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:
     ends_graph, ends_state = nnx.split(ends)
 
     def compile(sample: Packed) -> Program:
-        # functions made anew for every bucket: JAX keeps what it traced and lowered for as long as a function lives
+        # These functions are made anew for every bucket. JAX keeps what it traced and lowered for as long as a function
+        # lives.
         def embed(state: Any, batch: Packed) -> Any:
             return nnx.merge(ends_graph, state).embed(batch)
 
@@ -156,7 +183,7 @@ def compile_in_parts(model: nnx.Module) -> Callable[[Packed], Program]:
         def program(batch: Packed) -> jax.Array:
             x, shared = first(ends_state, batch)
             for state in layers:
-                # waited for, since calls that wait in line hold their memory
+                # Wait for the result, because calls that wait in line hold their memory.
                 x = between[0](state, x, shared).block_until_ready()
             return last(ends_state, x, batch)
 

@@ -1,4 +1,4 @@
-"""Logits of encoded pairs: planned, packed, and run by the program of their row length."""
+"""Logits of encoded pairs. The pairs are planned, packed, and run by the program of their row length."""
 
 from __future__ import annotations
 
@@ -35,17 +35,29 @@ from jaxrank.sharding import DATA
 from jaxrank.types import Encoded, Packed, Work
 
 WINDOW = 2048
-"""Pairs planned together. More would fill rows no better, and planning takes pairs times rows."""
+"""The number of pairs that are planned together.
+
+More would not fill rows better, and the time of planning grows with pairs times rows.
+"""
 
 
 class Scorer:
-    """Logits of encoded pairs, from packed rows of a few static lengths.
+    """Compute logits of encoded pairs, from packed rows of a few static lengths.
 
-    `row_tokens` is the usual row; longer ones exist only for single pairs up to `max_length` tokens. Programs are
-    compiled by `warm_up`, or at first use. features: the shape of what a vision tower makes of media, for models that
-    see; rows with media have programs of their own, so that rows of text cost what they cost without. mesh: the
-    devices, where they are several (see jaxrank.sharding); each copy of the weights takes a row of its own. The model
-    gets its attention body here, and with it `attention` (see jaxrank.runtime.attention.settle).
+    The model gets its attention body here, and `attention` names it (see jaxrank.runtime.attention.settle). Programs
+    are compiled by `warm_up`, or at first use.
+
+    Args:
+        model: the model.
+        max_length: the most tokens of a pair.
+        row_tokens: the tokens of the usual row. Longer rows exist only for single pairs of up to `max_length` tokens.
+        features: the shape of a vision tower's features, for models that see. Rows with media have programs of their
+            own, so they do not make rows of text slower.
+        mesh: the devices, if there are several (see jaxrank.sharding). Each copy of the weights takes a row of its own.
+
+    Raises:
+        RequestError: `row_tokens` or `max_length` is out of range, or the attention body is unknown.
+        ModelError: the attention body is wrong on the device.
     """
 
     def __init__(
@@ -64,7 +76,7 @@ class Scorer:
         self.on_cpu = jax.default_backend() == "cpu"
         self.buckets = buckets(row_tokens, max_length, long_steps=not self.on_cpu)
         self.row_tokens = next(t for t in self.buckets if t >= row_tokens)
-        # rows handed to the device before the first result is awaited: one runs, on accelerators another waits ready
+        # Rows that the device gets before the first result is awaited. One runs, and on accelerators another waits.
         self.in_flight = 1 if self.on_cpu else 2
         self.causal: bool = model.causal
         self.attention = settle(model, causal=self.causal, dtype=model.word.dtype, mesh=mesh)
@@ -82,20 +94,29 @@ class Scorer:
 
     @property
     def compilations(self) -> int:
-        """XLA compilations since warm-up ended (or since this scorer was made); those of other models count too."""
+        """The number of XLA compilations since warm-up ended, or since this scorer was made.
+
+        Those of other models count too.
+        """
         return self._counter.count - self._counted_from
 
     @property
     def compiled(self) -> tuple[int, int]:
-        """Programs compiled since this scorer was made, and how many more came from the compilation cache; those of
-        other models count too."""
+        """The number of programs compiled since this scorer was made, and the number that came from the compilation
+        cache.
+
+        Programs of other models count too.
+        """
         return self._counter.count - self._counter.from_cache, self._counter.from_cache
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
-        """Compile every bucket, or load it from the cache. One line a bucket goes to `progress`.
+        """Compile every bucket, or load it from the cache, and then run it once.
 
-        Then every bucket is run once, so that memory that does not suffice shows now; on CPU, where the largest rows
-        take many seconds, the smallest alone; nothing of a model's outline.
+        The run shows at once whether the memory is too small. On CPU only the smallest bucket runs, because the largest
+        rows take many seconds there. The outline of a model does not run.
+
+        Args:
+            progress: a function that is called with one line of text for each bucket.
         """
         kinds = [(tokens, False) for tokens in self.buckets]
         if self.features is not None:
@@ -128,12 +149,19 @@ class Scorer:
 
     @property
     def ahead(self) -> int:
-        """Tokens that may wait on the device behind the row that runs, see calls.has_room; 0 is one row at a time."""
+        """The number of tokens that may wait on the device behind the row that runs (see calls.has_room).
+
+        With 0 there is one row at a time.
+        """
         return (self.in_flight - 1) * self.row_tokens
 
     def rows(self, pairs: Sequence[Encoded], features: Features | None = None) -> Iterator[Scored]:
-        """(indices into `pairs`, their logits) row by row, in the order in which rows are computed. features: of the
-        pairs' images and videos, if there are any."""
+        """Yield (indices into `pairs`, their logits) row by row, in the order in which rows are computed.
+
+        Args:
+            pairs: the pairs.
+            features: the features of the pairs' images and videos, if there are any.
+        """
         under_way: deque[tuple[int, Fetch]] = deque()
         for call in self.calls(pairs, features):
             while not has_room([tokens for tokens, _ in under_way], self.ahead):
@@ -143,8 +171,14 @@ class Scorer:
             yield from fetch()
 
     def calls(self, pairs: Sequence[Encoded], features: Features | None = None) -> Iterator[Call]:
-        """The calls of the device that score `pairs`, each planned and packed when it is asked for, to be run in this
-        order. features: as in `rows`."""
+        """Yield the device calls that score `pairs`. Run them in this order.
+
+        Each call is planned and packed when it is asked for.
+
+        Args:
+            pairs: the pairs.
+            features: as in `rows`.
+        """
         for first in range(0, len(pairs), WINDOW):
             window = pairs[first : first + WINDOW]
             for rows, tokens, media in self._batches(window):
@@ -160,9 +194,10 @@ class Scorer:
         return partial(_fetch, indices, self._program(tokens, media)(packed))
 
     def _batches(self, pairs: Sequence[Encoded]) -> list[tuple[list[list[int]], int, bool]]:
-        """The rows for `pairs` that run side by side, of one length, with it and whether they have media; indices."""
+        """Return the rows that run side by side: (the indices of their pairs, their common length, whether they have
+        media)."""
         most = self.row_tokens
-        if self.copies > 1:  # what would fill less than a row for each copy is shared out among shorter rows
+        if self.copies > 1:  # If there is less than a row for each copy, the pairs are shared out among shorter rows.
             share = max(*map(len, pairs), sum(len(pair.tokens) for pair in pairs) // self.copies + len(pairs[0].prefix))
             most = min(most, next(tokens for tokens in self.buckets if tokens >= min(share, self.buckets[-1])))
         sized: list[tuple[list[int], int, bool]] = []
@@ -181,7 +216,7 @@ class Scorer:
         return batches
 
     def __call__(self, pairs: Sequence[Encoded], features: Features | None = None) -> Float32[np.ndarray, " n"]:
-        """float32 logits of all pairs, in their order; features as in `rows`."""
+        """Return the logits of all pairs, in their order. `features` is as in `rows`."""
         logits = np.empty(len(pairs), np.float32)
         for indices, values in self.rows(pairs, features):
             logits[indices] = values
@@ -189,12 +224,12 @@ class Scorer:
 
 
 def _fetch(rows: list[list[int]], logits: Any) -> list[Scored]:
-    # rows may be fewer than copies
+    # There may be fewer rows than copies.
     return [(row, values[: len(row)]) for row, values in zip(rows, fetched(logits), strict=False)]
 
 
 def _return_freed_memory() -> None:
-    """Give back what compilation freed, which glibc would keep: 90 MB for a model of 24 layers."""
+    """Return to the system the memory that compilation freed. glibc would keep it: 90 MB for a model of 24 layers."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

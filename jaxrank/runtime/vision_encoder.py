@@ -1,4 +1,4 @@
-"""The vision tower at work: images and video in, features of their tokens out, by programs of a few static sizes."""
+"""Runs the vision tower: images and video in, features of their tokens out, by programs of a few static sizes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from jaxrank.sharding import DATA
 from jaxrank.types import ArrayLike, Patches, PatchRow
 
 Program = Callable[[PatchRow], ArrayLike]
-"""Compiled for one size: a row of patches in, features [P / merge^2, U, D] out."""
+"""A program compiled for one size: a row of patches in, features [P / merge^2, U, D] out."""
 
 
 def compile_whole(vision: Any) -> Callable[[PatchRow], Program]:
-    """For accelerators: a size is one program, with a scan over the layers of each stage."""
+    """Return the compiler for accelerators: a size is one program, with a scan over the layers of each stage."""
     return ahead_of_time(*whole_tower(vision))
 
 
 def compile_in_parts(vision: Any) -> Callable[[PatchRow], Program]:
-    """For CPU: a size is four programs, for what comes before the layers, for each of them, and for the two kinds of
-    mergers (see programs.compile_in_parts for why)."""
+    """Return the compiler for CPU: a size is four programs.
+
+    One is for what comes before the layers, one for each of the layers, and two for the two kinds of mergers. For the
+    reason see programs.compile_in_parts.
+    """
     graph, state = nnx.split(vision)
     ends: Any = nnx.merge(graph, state)
     stages = [[nnx.split(layer) for layer in stage] for stage in ends.stages]
@@ -65,7 +68,7 @@ def compile_in_parts(vision: Any) -> Callable[[PatchRow], Program]:
             features = []
             for stage, merged, (_, merger) in zip(stages, merge, mergers, strict=True):
                 for _, state in stage:
-                    # waited for, since calls that wait in line hold their memory
+                    # Wait for the result, because calls that wait in line hold their memory.
                     x = between[0](state, x, *shared).block_until_ready()
                 features.append(np.asarray(merged(merger, x, np.asarray(row.layout.used))))
             return np.stack([features[-1], *features[:-1]], 1)
@@ -76,11 +79,16 @@ def compile_in_parts(vision: Any) -> Callable[[PatchRow], Program]:
 
 
 class Tower:
-    """Features of images and video, from rows of a few static sizes.
+    """Compute features of images and video, from rows of a few static sizes.
 
-    vision: a model's tower, which is taken apart. Images share rows of up to row_patches patches. mesh: the devices,
-    where they are several; each copy of the weights takes a row of its own. Programs are compiled by `warm_up`, or at
-    first use. The tower gets its attention body here, and with it `attention` (see jaxrank.runtime.attention.settle).
+    The tower gets its attention body here, and `attention` names it (see jaxrank.runtime.attention.settle). Programs
+    are compiled by `warm_up`, or at first use.
+
+    Args:
+        vision: a model's tower. It is taken apart.
+        ladder: the static sizes, in patches.
+        row_patches: images share rows of up to this number of patches.
+        mesh: the devices, if there are several. Each copy of the weights takes a row of its own.
     """
 
     def __init__(
@@ -105,7 +113,11 @@ class Tower:
         self._made: weakref.WeakKeyDictionary[Patches, Any] = weakref.WeakKeyDictionary()
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
-        """Compile every size, or load it from the cache. One line a size goes to `progress`."""
+        """Compile every size, or load it from the cache.
+
+        Args:
+            progress: a function that is called with one line of text for each size.
+        """
         for patches in self.ladder:
             start = time.perf_counter()
             self._program(patches)
@@ -123,8 +135,14 @@ class Tower:
         return self.programs[patches]
 
     def of(self, media: Iterable[Patches]) -> dict[Patches, Float[np.ndarray, "tokens U D"]]:
-        """The features of each of `media`, made once for as long as somebody holds the patches: the parts of a large
-        request are scored in several turns. `encoded` counts those that were made."""
+        """Return the features of each of `media`.
+
+        They are computed once for as long as something holds the patches. This helps large requests, whose parts are
+        scored in several turns. `encoded` counts the items that were computed.
+
+        Raises:
+            ValueError: as in a call.
+        """
         wanted = dict.fromkeys(media)
         new = [one for one in wanted if one not in self._made]
         self._made.update(zip(new, self(new), strict=True))
@@ -132,19 +150,22 @@ class Tower:
         return {one: self._made[one] for one in wanted}
 
     def __call__(self, media: Sequence[Patches]) -> list[Float[np.ndarray, "tokens U D"]]:
-        """The features of each of `media`, in their order and in the dtype of the matrices. Raises ValueError for media
-        that fit no row, or whose pixels do not fit their grid."""
+        """Return the features of each of `media`, in their order and in the dtype of the matrices.
+
+        Raises:
+            ValueError: an item fits no row, or its pixels do not fit its grid.
+        """
         features: list[Any] = [None] * len(media)
         rows = plan_patches(media, self.row_patches)
         sizes = [patch_bucket(sum(len(media[i].pixels) for i in row), self.ladder) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -sizes[i])
         for first in range(0, len(order), self.copies):
-            together = order[first : first + self.copies]  # of one size, the largest one's
+            together = order[first : first + self.copies]  # all get the size of the largest one
             patches = sizes[together[0]]
             packed = [self._row([media[i] for i in rows[row]], patches) for row in together]
             packed += [self._row([], patches)] * (self.copies - len(together))
             made = fetched(self._program(patches)(packed))
-            for row, mine in zip(together, made, strict=False):  # rows may be fewer than copies
+            for row, mine in zip(together, made, strict=False):  # There may be fewer rows than copies.
                 cut = cut_features(mine, [media[i].grid for i in rows[row]], self.config.merge)
                 for i, one in zip(rows[row], cut, strict=True):
                     features[i] = one

@@ -1,4 +1,7 @@
-"""What Python programs give as a query or document, texts, images and videos in many forms, as parts of a prompt."""
+"""Turns what Python programs give as a query or document into the parts of a prompt.
+
+Texts, images and videos can come in many forms.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,12 @@ FORMS = (
 
 
 class Contents:
-    """Parts of the contents of one request, each image or video read once, however often it is given.
+    """The parts of one request's contents. Each image or video is read once, however often it is given.
 
-    settings: how the model wants to see them. Files are read and decoded in this process: they are the program's own.
+    Files are read and decoded in this process, because they are the program's own.
+
+    Args:
+        settings: how the model needs images and video.
     """
 
     def __init__(self, settings: Preprocessing):
@@ -33,7 +39,16 @@ class Contents:
         self._held: list[Any] = []
 
     def parts(self, content: Any, where: str) -> str | list[Part]:
-        """A string as it is, everything else as parts. Raises RequestError that names `where`, and FORMS."""
+        """Return a string as it is, and everything else as parts.
+
+        Args:
+            content: one query or document, in one of FORMS.
+            where: the name of the content in error messages.
+
+        Raises:
+            RequestError: the content has none of FORMS, or a file cannot be read.
+            MediaError: an image or video cannot be decoded.
+        """
         if isinstance(content, str):
             return content
         if isinstance(content, Mapping) and isinstance(content.get("content"), list | tuple):
@@ -59,7 +74,7 @@ class Contents:
         key = (kind, str(source) if isinstance(source, str | PathLike) else id(source))
         if key in self._read:
             return self._read[key]
-        self._held.append(source)  # its id is its name here, and must not go to another
+        self._held.append(source)  # keeps the object alive, so that no other one gets its id
         try:
             if isinstance(source, str | PathLike):
                 if "://" in str(source):

@@ -1,4 +1,4 @@
-"""From a prompt's frame and what a request puts into it to token ids; texts stay texts, images and videos are spans."""
+"""From a prompt's frame and a request's contents to token ids. Texts stay texts; images and videos are spans."""
 
 from __future__ import annotations
 
@@ -30,18 +30,21 @@ from jaxrank.text.windows import Windows, characters
 from jaxrank.types import NO_PREFIX, Encoded, Media, Patches, Window
 
 Part = str | Patches
-"""Of a query or document: text, an image or a video."""
+"""A part of a query or document: text, an image or a video."""
 
 Segment = tuple[Piece, ...]
 """A run of a prompt's text without markup, with gaps for texts."""
 
 FRAME, BODY, DOCUMENT = range(3)
-"""How dear a token is, when a prompt is too long: the frame's markup and media stay, the document's text goes first,
-then the last of what stands between the first gap and the last one."""
+"""The ranks of tokens. They decide which tokens go when a prompt is too long.
+
+The frame's markup and the media stay. The document's text goes first, then the last tokens between the first gap and
+the last one.
+"""
 
 
 class Text(NamedTuple):
-    """A run of text that is tokenised as one: its parts, and how dear each is."""
+    """A run of text that is tokenised as one: its parts, and the rank of each."""
 
     parts: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -51,8 +54,12 @@ class Text(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The tokens of an image, or of one step of a video: a token of markup on either side of those that stand for it.
-    media: the number of the image or video in its prompt."""
+    """The tokens of an image, or of one step of a video, with a token of markup on each side.
+
+    Attributes:
+        ids: the token ids.
+        media: the number of the image or video in its prompt.
+    """
 
     ids: list[int]
     media: int
@@ -62,12 +69,22 @@ Chunk = int | Text | Span
 
 
 class PromptTokenizer:
-    """A prompt's own text with instruct, query and document in its gaps, the scored token being the last one.
+    """Put instruct, query and document into the gaps of a prompt's own text. The scored token is the last one.
 
-    As the scripts of Qwen3-Reranker and Qwen3-VL-Reranker do: the ids are those of the whole text, cut at the prompt's
-    own markup, and where they are too many, the last ones of the document's text are left out, and then of the query's;
-    frame and media stay. All documents of a request begin with the same tokens, which become their shared prefix.
-    Thread-safe. merge: patches, both ways, that become one token, for models that see images.
+    It works like the scripts of Qwen3-Reranker and Qwen3-VL-Reranker: the ids are those of the whole text, cut at the
+    prompt's own markup. If there are too many, the last tokens of the document's text are left out, and then those of
+    the query's text. Frame and media stay. The tokens at the start that all documents of a request share become their
+    prefix. The class is thread-safe.
+
+    Args:
+        folder: the model's folder.
+        max_length: the most tokens of a prompt.
+        prompt: the prompt.
+        merge: the number of patches in each direction that become one token, for models that see images.
+
+    Raises:
+        RequestError: the prompt alone does not fit `max_length`.
+        CheckpointError: the tokenizer cannot be read.
     """
 
     def __init__(self, folder: Path, max_length: int, prompt: Prompt, merge: int | None = None):
@@ -76,18 +93,18 @@ class PromptTokenizer:
         self.prompt = prompt
         self.merge = merge
         self._plain, self._instructed = self._segments(prompt.plain), self._segments(prompt.instructed)
-        self.frame = max(map(self._empty, (self._plain, self._instructed)))  # the plain one has its own instruct
+        self.frame = max(map(self._empty, (self._plain, self._instructed)))  # the plain prompt has its own instruct
         self.min_length = self.frame + LEAST_TOKENS
         if max_length < self.min_length:
             raise RequestError(f"max_length is {max_length}; the prompt alone takes {self.frame} tokens")
 
     def _empty(self, segments: Sequence[int | Segment]) -> int:
-        """Tokens of a prompt with nothing in its gaps."""
+        """Return the number of tokens of a prompt with nothing in its gaps."""
         chunks = self._chunks(segments, {slot: [""] for slot in Slot}, [])
         return sum(len(self._ids(str(chunk))) if isinstance(chunk, Text) else 1 for chunk in chunks)
 
     def _segments(self, pieces: Sequence[Piece]) -> list[int | Segment]:
-        """A prompt as ids, and runs of text with gaps between them, which are tokenised as one."""
+        """Return a prompt as ids, and as runs of text with gaps between them. Each run is tokenised as one."""
         marks = sorted(self.special, key=len, reverse=True)
         pattern = re.compile(f"({'|'.join(map(re.escape, marks)) or '(?!)'})")
         segments: list[int | Segment] = []
@@ -118,13 +135,17 @@ class PromptTokenizer:
         return ids
 
     def _clipped(self, text: str, limit: int, keep_end: bool) -> str:
-        """`text`, or if it is far too long for any prompt, a part of it that is too long all the same."""
+        """Return `text`. If it is far too long for any prompt, return a part of it that is still too long."""
         clipped = clip(text, limit, keep_end)
         long_enough = len(clipped) < len(text) and len(self._ids(clipped)) >= limit + SPARE
         return clipped if long_enough else text
 
     def _checked(self, side: str | Sequence[Part], where: str) -> list[Part]:
-        """A query's or document's parts. Raises RequestError on what the model does not read."""
+        """Return the parts of a query or document.
+
+        Raises:
+            RequestError: the model cannot read a part.
+        """
         if not isinstance(side, list | tuple):
             return [check_text(side, where)]
         if self.merge is None and any(isinstance(part, Patches) for part in side):
@@ -132,9 +153,12 @@ class PromptTokenizer:
         return [p if isinstance(p, Patches) else check_text(p, f"{where}[{i}]") for i, p in enumerate(side)]
 
     def _short(self, parts: Sequence[Part], limit: int, most: int | None, keep_end: bool) -> tuple[list[Part], int]:
-        """The parts, their texts clipped, with at most `most` tokens of text; how many tokens that left out.
+        """Clip the texts of the parts, and keep at most `most` tokens of text.
 
-        A character of several tokens goes as a whole.
+        A character of several tokens is left out as a whole.
+
+        Returns:
+            The parts, and the number of tokens that the limit `most` left out.
         """
         short = [part if isinstance(part, Patches) else self._clipped(part, limit, keep_end) for part in parts]
         if most is None:
@@ -160,12 +184,26 @@ class PromptTokenizer:
         instruct: str | None = None,
         windows: Windows | None = None,
     ) -> list[Encoded]:
-        """One Encoded for each document, in order; texts in the publisher's frame are taken out of it (see unwrap).
-        With `windows` one for each window of documents that do not fit; those with images or videos are refused then.
+        """Tokenise one query with its documents.
 
-        Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
-        32 characters a token of the limit). truncate=False raises TooLongError instead, but for what `cut`
-        asks for; so do media that do not fit.
+        Texts that already have the publisher's frame around them are taken out of it (see unwrap).
+
+        Args:
+            query: the query.
+            documents: the documents.
+            truncate: whether prompts that are too long are cut. False refuses them, except for what `cut` asks for.
+            cut: what to leave out in addition.
+            instruct: what to judge. None is the prompt's default.
+            windows: how to split documents that do not fit. None does not split.
+
+        Returns:
+            One item for each document, in order. With `windows` there is one for each window of the documents that do
+            not fit. `dropped` counts the tokens that truncation removed. For texts of more than 32 characters for each
+            token of the limit, the true number may be larger.
+
+        Raises:
+            RequestError: the model cannot read the input, or a document that cannot be split is too long.
+            TooLongError: a prompt is too long and `truncate` is False, or its media alone do not fit.
         """
         limit = cut.limit(self.max_length, least=self.min_length)
         before, asked = 0, self._checked(query, "query")
@@ -199,7 +237,7 @@ class PromptTokenizer:
             split: list[_Prompt] = []
             numbers: list[int] = []
             for i, chunks in enumerate(prompts):
-                fresh: dict[str, Any] = {}  # one document's at a time, since they are large
+                fresh: dict[str, Any] = {}  # one document at a time, because they are large
                 while any(isinstance(chunk, Text) and str(chunk) not in table for chunk in chunks):
                     text, fresh[text] = next(made)
                     table[text] = np.array(fresh[text].ids, np.int32)
@@ -227,7 +265,7 @@ class PromptTokenizer:
     def _chunks(
         self, segments: Sequence[int | Segment], values: dict[Slot, list[Part]], media: list[Patches]
     ) -> list[Chunk]:
-        """The prompt with its gaps filled; its images and videos are added to `media`."""
+        """Return the prompt with its gaps filled. Its images and videos are added to `media`."""
         chunks: list[Chunk] = []
         texts: list[tuple[str, int]] = []
 
@@ -258,7 +296,7 @@ class PromptTokenizer:
         return chunks
 
     def _spans(self, one: Patches) -> list[tuple[str, list[int]]]:
-        """What stands for an image or video: for each step the text before it, and its ids."""
+        """Return what stands for an image or video: for each step the text before it, and its ids."""
         start, end = (self.special[f"<|vision_{name}|>"] for name in ("start", "end"))
         pad = self.special["<|video_pad|>" if one.seconds else "<|image_pad|>"]
         steps = len(one.seconds) or 1
@@ -267,7 +305,7 @@ class PromptTokenizer:
 
     @staticmethod
     def _written(chunks: Sequence[Chunk], table: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """A prompt's ids, and which image or video each of them stands for, -1 for none."""
+        """Return a prompt's ids, and the number of the image or video that each stands for. -1 stands for none."""
         ids: list[int] = []
         owners: list[tuple[int, int, int]] = []
         for chunk in chunks:
@@ -282,8 +320,11 @@ class PromptTokenizer:
         return np.array(ids, np.int32), owner
 
     def _cut(self, prompt: _Prompt, chunks: Sequence[Chunk], excess: int, where: str, keep_end: bool) -> _Prompt:
-        """The prompt without `excess` of its tokens: first the last ones of the document (the first ones, if
-        keep_end), then of what stands between the first gap and the last one."""
+        """Return the prompt without `excess` of its tokens.
+
+        The last tokens of the document go first, or its first ones with keep_end. Then tokens between the first gap and
+        the last one go.
+        """
         ranks: list[int] = []
         for chunk in chunks:
             if not isinstance(chunk, Text):
@@ -309,8 +350,14 @@ class PromptTokenizer:
 
 
 class _Prompt(NamedTuple):
-    """A whole prompt: ids, which of its media each token stands for (-1 for none), and the media. window: as Encoded
-    has it."""
+    """A whole prompt.
+
+    Attributes:
+        ids: the token ids.
+        owner: the number of the item of `media` that each token stands for. -1 stands for none.
+        media: the images and videos.
+        window: as in Encoded.
+    """
 
     ids: Int32[np.ndarray, " length"]
     owner: Int32[np.ndarray, " length"]
@@ -319,14 +366,14 @@ class _Prompt(NamedTuple):
 
     @property
     def identity(self) -> np.ndarray:
-        """The ids, where tokens that stand for media are the same only if the very same media are: int64 [length]."""
+        """The ids as int64 [length]. Tokens of media are equal only if they stand for the very same media."""
         if not self.media:
             return self.ids.astype(np.int64)
         own = np.array([-1 - id(one) for one in self.media], np.int64)
         return np.where(self.owner < 0, self.ids, own[self.owner])
 
     def between(self, first: int, last: int, positions: np.ndarray | None) -> Media | None:
-        """What the tokens from first to last hold of media."""
+        """Return the media among the tokens from first to last."""
         if positions is None:
             return None
         owner = self.owner[first:last]
@@ -335,8 +382,14 @@ class _Prompt(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """How the documents of a request are split. table: ids by text. limit: tokens of a prompt. size: most tokens of a
-    window, None for what the prompt leaves. before: characters before the text of each document."""
+    """Split the documents of a request.
+
+    Attributes:
+        table: ids by text.
+        limit: the most tokens of a prompt.
+        size: the most tokens of a window. None means all the room that the prompt leaves.
+        before: the number of characters before the text of each document.
+    """
 
     tokenizer: Tokenizer
     table: Mapping[str, np.ndarray]
@@ -355,9 +408,15 @@ class _Split(NamedTuple):
         whole: bool,
         where: str,
     ) -> Iterator[_Prompt]:
-        """The prompt as it is, if it fits, and its document fits `size`, which `whole` says; else with each window of
-        the document instead of the document. Raises RequestError on what cannot be split. fresh: encodings that are at
-        hand, by text."""
+        """Yield the prompt as it is if it fits. Else yield it once for each window of the document.
+
+        Args:
+            fresh: encodings that are known already, by text.
+            whole: whether the document fits `size`.
+
+        Raises:
+            RequestError: the document cannot be split.
+        """
         texts = [part for part in side if isinstance(part, str)]
         length = sum(map(len, texts))
         if whole and len(prompt.ids) <= self.limit:
@@ -374,7 +433,7 @@ class _Split(NamedTuple):
         begin = sum(map(len, text.parts[: text.ranks.index(DOCUMENT)]))
         end = begin + length
         encoding: Any = fresh.get(str(text)) or next(encodings(self.tokenizer, [str(text)], places=True))
-        # the tokens that hold any of the document, also where one begins with the last character before it
+        # The tokens that hold any part of the document. The first of them may begin with the last character before it.
         every = range(len(encoding))
         first = bisect_right(every, begin, key=lambda i: encoding.token_to_chars(i)[1])
         last = bisect_left(every, end, key=lambda i: encoding.token_to_chars(i)[0])
@@ -390,7 +449,7 @@ class _Split(NamedTuple):
 
 
 def _share(prompts: Sequence[_Prompt], dropped: Sequence[int], merge: int) -> list[Encoded]:
-    """Pairs of one request, with what all its prompts begin with as their prefix."""
+    """Return the pairs of one request. What all their prompts begin with becomes their prefix."""
     identities = [prompt.identity for prompt in prompts]
     shared = _common_prefix(identities) if len(prompts) > 1 else 0
     prefix, prefix_media = (prompts[0].ids[:shared] if prompts else NO_PREFIX), None
@@ -408,7 +467,7 @@ def _share(prompts: Sequence[_Prompt], dropped: Sequence[int], merge: int) -> li
 
 
 def _common_prefix(prompts: Sequence[np.ndarray]) -> int:
-    """The length of the prefix that all prompts share, such that each has at least one token more."""
+    """Return the length of the prefix that all prompts share. Each prompt has at least one token after it."""
     shared = min(map(len, prompts)) - 1
     for ids in prompts[1:]:
         different = np.flatnonzero(ids[:shared] != prompts[0][:shared])

@@ -1,7 +1,7 @@
 """Prompts: a chat template becomes text with gaps for instruct, query and document, once, when a model is loaded.
 
-A template is rendered with marks in place of the texts, and never again: at request time texts are put into the gaps as
-token ids, so that nothing in them can be taken for the template's own markup, and no template runs on what users send.
+A template is rendered once, with marks in place of the texts. At request time the texts are put into the gaps as token
+ids. So nothing in them can be mistaken for the template's own markup, and no template runs on what users send.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from jaxrank.errors import RequestError
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROMPTS = {"qwen3": ("official", "sglang", "vllm", "none"), "qwen3_vl": ("official", "none")}
-"""Built-in prompts by family: the publisher's; SGLang's, without the think block at the end; vLLM's, a newline short of
-the publisher's; and the bare query and document side by side. For Qwen3-VL all three write the same."""
+"""Built-in prompts by family.
+
+"official" is the publisher's. "sglang" is SGLang's, without the think block at the end. "vllm" is vLLM's, which has one
+newline less than the publisher's. "none" is the bare query and document side by side. For Qwen3-VL the first three
+write the same text.
+"""
 
 STEPS = 20_000
-"""Lines of a template that may be run; one that loops for longer is refused."""
+"""The number of template lines that may run. A template that loops for longer is refused."""
 
 MOST_CHARACTERS = 100_000
 
@@ -46,7 +50,7 @@ Piece = str | Slot
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands around and between the texts: for requests without an instruct, and for those with one."""
+    """The text around and between the gaps: one version for requests without an instruct, and one for those with it."""
 
     plain: tuple[Piece, ...]
     instructed: tuple[Piece, ...]
@@ -57,13 +61,19 @@ class Prompt:
 
 
 def load_prompt(name: str = "official", template: str | Path | None = None, family: str = "qwen3") -> Prompt:
-    """One of the family's PROMPTS, or what a user's template file renders. RequestError names the template's line.
+    """Return one of the family's PROMPTS, or the prompt that a user's template file renders.
 
-    Templates of three conventions are understood: SGLang's text (`messages[0].content`, `messages[1].content`,
-    `instruct`), SGLang's multimodal (`query` and `document` as lists of parts with `type` and `text`, `instruct`), and
-    vLLM's (messages with the roles `system`, which is the instruct, `query` and `document`). Like transformers, the
-    sandbox strips blocks' newlines and one newline at the end. A template must put query and document in as they are:
-    one that changes them is refused, since it would not be run for every text.
+    Templates of three conventions are understood:
+
+    - SGLang's text convention: `messages[0].content`, `messages[1].content`, `instruct`.
+    - SGLang's multimodal convention: `query` and `document` as lists of parts with `type` and `text`, and `instruct`.
+    - vLLM's convention: messages with the roles `system` (the instruct), `query` and `document`.
+
+    Like in transformers, the sandbox strips the newlines of blocks and one newline at the end. A template must put
+    query and document in unchanged. One that changes them is refused, because it does not run for every text.
+
+    Raises:
+        RequestError: the prompt is unknown, or the template fails. The message names the template's line.
     """
     if template is None and name not in PROMPTS[family]:
         raise RequestError(f"prompt {name!r} is unknown; one of {', '.join(PROMPTS[family])}")
@@ -77,9 +87,9 @@ def load_prompt(name: str = "official", template: str | Path | None = None, fami
 
 
 def _pieces(path: Path, source: str, *, with_instruct: bool) -> tuple[Piece, ...]:
-    """The rendered template, cut at the marks that stand for the texts, and checked against a rendering of texts."""
+    """Cut the rendered template at the marks that stand for the texts, and check it against a rendering of texts."""
     slots = [slot for slot in Slot if with_instruct or slot is not Slot.INSTRUCT]
-    marks = {slot: f"\ufdd0{slot.value}\ufdd1" for slot in slots}  # noncharacters: no text has them
+    marks = {slot: f"\ufdd0{slot.value}\ufdd1" for slot in slots}  # these are noncharacters, so no text has them
     samples = {slot: f"  A <b>{slot.value}</b> & 'more'\n\"{{{{ 7 }}}}\"\n " for slot in slots}
     cut = re.split("(" + "|".join(marks.values()) + ")", render(path, source, marks))
     names = {mark: slot for slot, mark in marks.items()}
@@ -101,7 +111,11 @@ def _pieces(path: Path, source: str, *, with_instruct: bool) -> tuple[Piece, ...
 
 
 def render(path: Path, source: str, texts: dict[Slot, str]) -> str:
-    """The template's text with these texts put in. Raises RequestError with the line at fault."""
+    """Return the template's text with these texts put in.
+
+    Raises:
+        RequestError: the template fails. The message names the line.
+    """
     query, document, instruct = (texts.get(slot) for slot in (Slot.QUERY, Slot.DOCUMENT, Slot.INSTRUCT))
     system = [] if instruct is None else [{"role": "system", "content": instruct}]
     values: dict[str, Any] = {
@@ -110,7 +124,7 @@ def render(path: Path, source: str, texts: dict[Slot, str]) -> str:
         "document": [{"type": "text", "text": document}],
         "add_generation_prompt": True,
     }
-    if instruct is not None:  # undefined otherwise, so that default() does its work
+    if instruct is not None:  # otherwise it stays undefined, so that default() works
         values["instruct"] = values["instruction"] = instruct
 
     def refuse(message: str) -> None:
@@ -131,12 +145,14 @@ def render(path: Path, source: str, texts: dict[Slot, str]) -> str:
 
 
 class TooManySteps(Exception):
-    """A template that loops."""
+    """A template loops."""
 
 
 def _bounded(work: Callable[[], str]) -> str:
-    """work(), ended with TooManySteps after STEPS lines of Python: the sandbox bounds what is reached, not for how
-    long."""
+    """Return work(), but raise TooManySteps after STEPS lines of Python.
+
+    The sandbox limits what a template can reach, but not how long it runs.
+    """
     left = STEPS
 
     def count(frame: FrameType, event: str, argument: Any) -> Any:
@@ -156,7 +172,14 @@ def _bounded(work: Callable[[], str]) -> str:
 
 
 class Texts(NamedTuple):
-    """What a request asks to be scored. before: characters that stood before each document, where it was framed."""
+    """What a request asks to be scored.
+
+    Attributes:
+        instruct: the instruction.
+        query: the query.
+        documents: the documents.
+        before: the number of characters that stood before each document, if it had a frame.
+    """
 
     instruct: str | None
     query: str
@@ -176,10 +199,10 @@ FRAMED_DOCUMENT = re.compile(
 
 
 def unwrap(texts: Texts) -> Texts:
-    """The texts inside a request that a client has put into the publisher's frame itself; others as they are.
+    """Take the texts out of the publisher's frame, if a client has put it around them. Return others as they are.
 
-    vLLM's examples do so (the query with everything before the document, the documents with everything after); the
-    frame would be tokenised as text, and stand there twice.
+    vLLM's examples do so: the query comes with everything before the document, and the documents with everything after
+    it. Without this function the frame would be tokenised as text, and would stand there twice.
     """
     query = FRAMED_QUERY.fullmatch(texts.query)
     found = [FRAMED_DOCUMENT.fullmatch(document) for document in texts.documents] if query else []

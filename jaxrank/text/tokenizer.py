@@ -1,4 +1,4 @@
-"""From texts to token ids, as the publishers' scripts make them, with the text of users never becoming markup."""
+"""From texts to token ids, in the way of the publishers' scripts. The text of users never becomes markup."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from jaxrank.text.windows import Windows, characters
 from jaxrank.types import Encoded, Window
 
 CHARACTERS_PER_TOKEN = 32
-"""No token of these vocabularies is this long: what lies further than that beyond the limit need not be tokenised."""
+"""No token of these vocabularies is this long. Text that lies further than that beyond the limit need not be
+tokenised."""
 
 SPARE = 64
-"""Tokens beyond the limit that are tokenised all the same: where a text was cut changes only its last few tokens."""
+"""The number of tokens beyond the limit that are tokenised too. A cut in a text changes only the last few tokens."""
 
 RUN_CHARACTERS = 2**18
-"""Texts that are tokenised together."""
+"""The number of characters of texts that are tokenised together."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a request leaves out of its texts, besides what the model's limit does.
+    """What a request leaves out of its texts, in addition to the model's limit. With None only the model's limit holds.
 
-    pair: most tokens of a whole pair, with all that frames it. query, document: most tokens of a query's or document's
-    texts by themselves. None: no limit but the model's. keep_end: what is too long loses its beginning, not its end.
+    Attributes:
+        pair: the most tokens of a whole pair, with its whole frame.
+        query: the most tokens of the query's texts by themselves.
+        document: the most tokens of a document's texts by themselves.
+        keep_end: whether a text that is too long loses its beginning instead of its end.
     """
 
     pair: int | None = None
@@ -40,13 +44,17 @@ class Cut:
     keep_end: bool = False
 
     def limit(self, max_length: int, least: int) -> int:
-        """Most tokens of a pair for a model that takes `max_length`. Raises RequestError where less than `least`."""
+        """Return the most tokens of a pair, for a model that takes `max_length`.
+
+        Raises:
+            RequestError: the limit is less than `least`.
+        """
         if self.pair is not None and self.pair < least:
             raise RequestError(f"a pair is to have {self.pair} tokens at most; this model needs at least {least}")
         return min(max_length, self.pair or max_length)
 
     def kept(self, ids: list[int], most: int | None) -> list[int]:
-        """Of a text's ids those that stay, at most `most`."""
+        """Return those of a text's ids that stay, at most `most`."""
         if most is None or len(ids) <= most:
             return ids
         return ids[len(ids) - most :] if self.keep_end else ids[:most]
@@ -55,11 +63,11 @@ class Cut:
 NO_CUT = Cut()
 
 LEAST_TOKENS = 8
-"""Of a pair, beside what frames it: it cannot be cut to fewer."""
+"""A pair cannot be cut to fewer tokens than these, beside its frame."""
 
 
 class Token(NamedTuple):
-    """A token of a text: the characters [start, stop) of it."""
+    """A token of a text. It covers the characters [start, stop)."""
 
     id: int
     text: str
@@ -68,10 +76,16 @@ class Token(NamedTuple):
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
-    """The tokenizer of a model folder, and the ids of its added tokens, special ones among them, by their text.
+    """Load the tokenizer of a model folder.
 
-    Truncation and padding are off, and added tokens inside texts are text: `</s>` in a document becomes pieces
-    such as `<`, `/`, `s`, `>`, never the separator.
+    Truncation and padding are off. Added tokens inside texts are plain text: `</s>` in a document becomes pieces such
+    as `<`, `/`, `s`, `>`, and never the separator.
+
+    Returns:
+        The tokenizer, and the ids of its added tokens by their text. The special tokens are among them.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -86,7 +100,7 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
         if settings["model"]["type"] == "Unigram":
             _hide_special_pieces(settings, special)
         elif settings["model"]["type"] == "BPE":
-            # also those that are not marked special, such as <think>; no merges lead to them
+            # This includes tokens that are not marked special, such as <think>. No merges lead to them.
             settings["added_tokens"], settings["post_processor"] = [], None
         tokenizer = Tokenizer.from_str(json.dumps(settings))
     except OSError as error:
@@ -103,8 +117,9 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
 def _hide_special_pieces(settings: dict[str, Any], special: dict[str, int]) -> None:
     """Make the special tokens of a Unigram vocabulary unreachable from text.
 
-    They are pieces of the vocabulary with the best score of all, so that the model finds them in plain text even
-    where the tokenizer was told not to. With a space in it a piece matches nothing: Metaspace leaves no spaces.
+    They are pieces of the vocabulary and have the best score of all. So the model finds them in plain text, even where
+    the tokenizer is set not to find them. A piece with a space in it matches nothing, because Metaspace leaves no
+    spaces.
     """
     settings["model"]["vocab"] = [
         [f" {piece}" if piece in special else piece, score] for piece, score in settings["model"]["vocab"]
@@ -114,7 +129,17 @@ def _hide_special_pieces(settings: dict[str, Any], special: dict[str, int]) -> N
 
 
 def special_id(special: dict[str, int], folder: Path, name: str, default: str) -> int:
-    """The id of a special token such as "cls_token", by the text that tokenizer_config.json gives it."""
+    """Return the id of a special token such as "cls_token", by the text that tokenizer_config.json gives it.
+
+    Args:
+        special: the ids of special tokens, by their text.
+        folder: the model's folder.
+        name: the token's name in tokenizer_config.json.
+        default: its text if that file does not give one.
+
+    Raises:
+        CheckpointError: the file is damaged, or the text is not a special token.
+    """
     path = folder / "tokenizer_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -132,7 +157,11 @@ def special_id(special: dict[str, int], folder: Path, name: str, default: str) -
 
 
 def check_text(text: object, where: str) -> str:
-    """`text` if it is a string of valid Unicode; RequestError naming `where` otherwise."""
+    """Return `text` if it is a string of valid Unicode.
+
+    Raises:
+        RequestError: it is not. The message names it as `where`.
+    """
     if not isinstance(text, str):
         raise RequestError(f"{where} must be a string, got {type(text).__name__}")
     if not text.isascii():
@@ -147,16 +176,21 @@ def check_text(text: object, where: str) -> str:
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    """The ids of each text, in order, without special tokens."""
+    """Yield the ids of each text, in order, without special tokens."""
     return (encoding.ids for encoding in encodings(tokenizer, texts, places=False))
 
 
 def encodings(tokenizer: Tokenizer, texts: Sequence[str], *, places: bool) -> Iterator[Any]:
-    """The tokenizers.Encoding of each text, in order, without special tokens. places: with the characters of tokens.
+    """Yield the tokenizers.Encoding of each text, in order, without special tokens.
 
-    Single texts go this way too, since Tokenizer.encode holds Python's lock while it works. They are tokenised in runs:
-    what the library makes of them is freed with that lock held, and of megabytes of text that would stop other threads,
-    such as a server's event loop, for 0.1 s.
+    Single texts go this way too, because Tokenizer.encode holds Python's lock while it works. Texts are tokenised in
+    runs, because the library frees its results with that lock held. For megabytes of text this would stop other
+    threads, such as a server's event loop, for 0.1 s.
+
+    Args:
+        tokenizer: the tokenizer.
+        texts: the texts.
+        places: whether the result has the characters of each token.
     """
     encode = tokenizer.encode_batch if places else tokenizer.encode_batch_fast
     first, size = 0, 0
@@ -168,10 +202,14 @@ def encodings(tokenizer: Tokenizer, texts: Sequence[str], *, places: bool) -> It
 
 
 class PairTokenizer:
-    """`<s> query </s></s> document </s>`, the scored token being `<s>`: what XLM-R cross-encoders read.
+    """Write `<s> query </s></s> document </s>`, the form that XLM-R cross-encoders read. The scored token is `<s>`.
 
-    As FlagEmbedding's FlagReranker does: the query is first cut to 3/4 of max_length, then the document to what is
-    left. Where the query leaves no room for the frame (max_length under 13), it is cut further. Thread-safe.
+    It works like FlagEmbedding's FlagReranker: the query is cut to 3/4 of max_length first, then the document to what
+    is left. If the query leaves no room for the frame (max_length under 13), it is cut further. The class is
+    thread-safe.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read, or lacks a special token.
     """
 
     def __init__(self, folder: Path, max_length: int):
@@ -182,11 +220,14 @@ class PairTokenizer:
         self.min_length = LEAST_TOKENS
 
     def _ids(self, texts: Sequence[str], limit: int, keep_end: bool) -> Iterator[list[int]]:
-        """Token ids of each text; of one far longer than `limit` tokens, ids enough to fill the limit."""
+        """Yield the token ids of each text.
+
+        A text far longer than `limit` tokens gives only enough ids to fill the limit.
+        """
         clipped = [clip(text, limit, keep_end) for text in texts]
         for text, short, ids in zip(texts, clipped, token_ids(self.tokenizer, clipped), strict=True):
             if len(short) < len(text) and len(ids) < limit + SPARE:
-                # runs of spaces or unknown characters shrink to one token: only the whole text tells
+                # Runs of spaces or unknown characters shrink to one token, so the whole text is needed.
                 yield from token_ids(self.tokenizer, [text])
             else:
                 yield ids
@@ -200,10 +241,23 @@ class PairTokenizer:
         cut: Cut = NO_CUT,
         windows: Windows | None = None,
     ) -> list[Encoded]:
-        """One Encoded for each document, in order; with `windows` one for each window of those that do not fit.
+        """Tokenise one query with its documents.
 
-        Where truncation removed tokens, `dropped` counts them (at least so many, for texts of more than
-        32 characters a token of the limit). truncate=False raises TooLongError instead, but for what `cut` asks for.
+        Args:
+            query: the query.
+            documents: the documents.
+            truncate: whether pairs that are too long are cut. False refuses them, except for what `cut` asks for.
+            cut: what to leave out in addition.
+            windows: how to split documents that do not fit. None does not split.
+
+        Returns:
+            One item for each document, in order. With `windows` there is one for each window of the documents that do
+            not fit. `dropped` counts the tokens that truncation removed. For texts of more than 32 characters for each
+            token of the limit, the true number may be larger.
+
+        Raises:
+            RequestError: a text is not valid, or a document has too many windows.
+            TooLongError: a pair is too long and `truncate` is False.
         """
         check_text(query, "query")
         for i, document in enumerate(documents):
@@ -247,9 +301,10 @@ class PairTokenizer:
 
 
 def clip(text: str, limit: int, keep_end: bool = False) -> str:
-    """A prefix of `text` whose first `limit` tokens are those of the whole text; it ends at a space if one is near.
+    """Return a prefix of `text` whose first `limit` tokens are those of the whole text.
 
-    keep_end: a suffix instead, with the last ones; it begins at a space.
+    It ends at a space if one is near. With keep_end, the function returns a suffix instead, whose last `limit` tokens
+    are those of the whole text. The suffix begins at a space if one is near.
     """
     most = (limit + 2 * SPARE) * CHARACTERS_PER_TOKEN
     if len(text) <= most:
@@ -263,13 +318,17 @@ def clip(text: str, limit: int, keep_end: bool = False) -> str:
 
 
 def tokens_of(tokenizer: Tokenizer, text: str) -> list[Token]:
-    """The tokens of a text by itself, without what frames it in a pair."""
+    """Return the tokens of a text by itself, without the frame of a pair.
+
+    Raises:
+        RequestError: the text is not a string of valid Unicode.
+    """
     (encoding,) = encodings(tokenizer, [check_text(text, "text")], places=True)
     return [Token(i, t, *at) for i, t, at in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)]
 
 
 def written(tokenizer: Tokenizer, special: dict[str, int], ids: Sequence[int]) -> str:
-    """Tokens as text, special ones by their names."""
+    """Return tokens as text, with special tokens by their names."""
     names = {number: name for name, number in special.items()}
     runs = groupby(ids, key=lambda one: one in names)
     return "".join(

@@ -1,8 +1,8 @@
-"""Long documents: windows of a document's tokens, each scored as a pair of its own, of which the best one counts.
+"""Long documents: each window of a document's tokens is scored as a pair of its own, and the best one counts.
 
-That is MaxP of Dai and Callan (2019), Deeper Text Understanding for IR with Contextual Neural Language Modeling: a
-document is as relevant as its best passage. Windows are runs of the ids of the whole document, which is tokenised once;
-slices of its text would become other ids at their borders.
+This is MaxP: a document is as relevant as its best passage (Dai and Callan 2019, "Deeper Text Understanding for IR with
+Contextual Neural Language Modeling"). Windows are runs of the ids of the whole document, which is tokenised once.
+Slices of its text would give other ids at their borders.
 """
 
 from __future__ import annotations
@@ -19,31 +19,51 @@ LONG_DOCUMENT = ("truncate", "window")
 """What can be done with documents that do not fit: leave out their end, or split them."""
 
 OVERLAP = 1 / 4
-"""The least share of a window that the next one has too, so that what one cuts in two is whole in the other."""
+"""The least share of a window that the next one has too. A passage that one window cuts in two is whole in the
+other."""
 
 LEAST_TOKENS = 8
-"""Windows of fewer tokens are refused: their scores would mean little, and each repeats the whole query."""
+"""Windows of fewer tokens are refused. Their scores would mean little, and each repeats the whole query."""
 
 MOST_CHARACTERS = 2**20
-"""Of one document, where the number of windows is bounded: tokenising takes about 200 bytes a character."""
+"""The most characters of one document, where the number of windows is limited.
+
+Tokenising takes about 200 bytes for each character.
+"""
 
 
 def splits(long_document: str) -> bool:
-    """Whether documents that do not fit are split. Raises RequestError for anything but LONG_DOCUMENT."""
+    """Return whether documents that do not fit are split.
+
+    Raises:
+        RequestError: `long_document` is not one of LONG_DOCUMENT.
+    """
     if long_document not in LONG_DOCUMENT:
         raise RequestError(f"long_document {long_document!r:.80} is unknown; one of {', '.join(LONG_DOCUMENT)}")
     return long_document == "window"
 
 
 class Windows:
-    """The windows of one request's documents. most: how many those that do not fit may come to; None for any number."""
+    """The windows of one request's documents.
+
+    Args:
+        most: the most windows that all documents that do not fit may have together. None allows any number.
+    """
 
     def __init__(self, most: int | None = None) -> None:
         self.most = most
         self._count = 0
 
     def check(self, characters: int, where: str) -> None:
-        """Raise RequestError for a document of more characters than may be tokenised at once. It is called `where`."""
+        """Check that a document has no more characters than may be tokenised at once.
+
+        Args:
+            characters: the number of characters of the document.
+            where: the name of the document in the message.
+
+        Raises:
+            RequestError: it has more.
+        """
         if self.most is not None and characters > MOST_CHARACTERS:
             raise RequestError(
                 f"{where} has {characters} characters, and one that may be split can have {MOST_CHARACTERS}; send it "
@@ -51,11 +71,19 @@ class Windows:
             )
 
     def runs(self, tokens: int, size: int, where: str) -> list[tuple[int, int]]:
-        """The runs of tokens [first, last) that are the windows of a document of `tokens` tokens, in order.
+        """Return the windows of a document, in order, as runs of tokens [first, last).
 
-        One for a document that fits `size` tokens. Else as few windows of `size` tokens as overlap by OVERLAP, spread
-        evenly from the document's first token to its last. Raises TooLongError where `size` is less than LEAST_TOKENS,
-        and RequestError for too many windows; where: what to call the document.
+        A document that fits `size` tokens has one window. Any other has the smallest number of windows of `size` tokens
+        that overlap by OVERLAP. They are spread evenly from the document's first token to its last.
+
+        Args:
+            tokens: the number of tokens of the document.
+            size: the number of tokens of a window.
+            where: the name of the document in messages.
+
+        Raises:
+            TooLongError: `size` is less than LEAST_TOKENS.
+            RequestError: there are too many windows.
         """
         if tokens <= size:
             return [(0, tokens)]
@@ -77,10 +105,10 @@ class Windows:
 
 
 def characters(encoding: Any, run: tuple[int, int], tokens: tuple[int, int], place: tuple[int, int]) -> tuple[int, int]:
-    """The characters of a document that a run of its tokens stands for, counted from the document's first.
+    """Return the characters of a document that a run of its tokens stands for, counted from the document's first.
 
-    A character that a token splits counts as a whole. One that no token stands for belongs to the token before it. So
-    windows leave nothing of a document out.
+    A character that a token splits counts as a whole. A character that no token stands for belongs to the token before
+    it. So windows leave out no part of a document.
 
     Args:
         encoding: a tokenizers.Encoding with offsets, of a text that holds the document.
@@ -96,7 +124,10 @@ def characters(encoding: Any, run: tuple[int, int], tokens: tuple[int, int], pla
 
 
 def documents_of(encoded: Sequence[Encoded]) -> list[list[int]]:
-    """The pairs of each document, in order: places in `encoded`, the documents' windows or their only pairs."""
+    """Return the pairs of each document, in order, as indices into `encoded`.
+
+    They are the document's windows, or its only pair.
+    """
     groups: list[list[int]] = []
     for i, pair in enumerate(encoded):
         if pair.window is None or pair.window.number == 0:
@@ -106,10 +137,13 @@ def documents_of(encoded: Sequence[Encoded]) -> list[list[int]]:
 
 
 def best_of(encoded: Sequence[Encoded], logits: np.ndarray) -> list[int]:
-    """Of each document, in order, the pair with the highest logit, the first of equals: places in `encoded`."""
+    """Return the index in `encoded` of each document's pair with the highest logit, in order.
+
+    Of equal ones the first counts.
+    """
     return [max(group, key=logits.__getitem__) for group in documents_of(encoded)]
 
 
 def span_of(pair: Encoded) -> tuple[int, int] | None:
-    """The characters of its document that a pair holds; None where documents are not split."""
+    """Return the characters of its document that a pair holds, or None where documents are not split."""
     return None if pair.window is None else (pair.window.start, pair.window.stop)

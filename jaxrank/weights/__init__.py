@@ -1,1 +1,1 @@
-"""Parameters: jaxrank's own folders, and each device's part of what files hold."""
+"""Parameters: jaxrank's own folders, and each device's part of the parameters in files."""

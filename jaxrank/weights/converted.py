@@ -1,12 +1,12 @@
 """jaxrank's own folders: an Orbax checkpoint that needs no conversion, beside the published config and tokenizer.
 
     config.json, tokenizer files    as published
-    weights/                        Orbax (OCDBT), one entry a parameter, such as layers.0.attention.qkv.kernel
+    weights/                        Orbax (OCDBT), one entry for each parameter, such as layers.0.attention.qkv.kernel
     jaxrank.json                    format version, family, dtype, quantization
 
 A matrix in int8 has two entries, such as layers.0.attention.qkv.kernel_int8 and kernel_scale.
 
-jaxrank.json is written last: without it the folder does not count.
+jaxrank.json is written last. A folder without it is not a converted folder.
 """
 
 from __future__ import annotations
@@ -39,33 +39,40 @@ MARK = "jaxrank.json"
 WEIGHTS = "weights"
 
 CHUNK_BYTES = 4 << 20
-"""Arrays are stored in chunks of at most this size, and restored chunk by chunk. TensorStore's threads keep a few
-chunks' memory for good."""
+"""Arrays are stored in chunks of at most this size, and restored chunk by chunk.
+
+TensorStore's threads keep the memory of a few chunks until the process ends.
+"""
 
 INT8, SCALE = "_int8", "_scale"
-"""What the names of a quantised parameter's two arrays end in."""
+"""The suffixes of the names of a quantised parameter's two arrays."""
 
 PIECE_BYTES = 256 * 1024
-"""Chunks are cast or rounded in pieces of about this size, for which little memory is needed."""
+"""Chunks are cast or rounded in pieces of about this size, which need little memory."""
 
 AGAIN = "convert the model again with `jaxrank convert`"
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether the folder was written by jaxrank, to the end."""
+    """Return whether jaxrank wrote the folder, and finished it."""
     return (Path(folder) / MARK).is_file()
 
 
 def quantization_of(folder: Path) -> str | None:
-    """How a folder's weights are quantised already: never, if it is not jaxrank's. CheckpointError as `load` has it."""
+    """Return how a folder's weights are quantised already. A folder that is not jaxrank's gives None.
+
+    Raises:
+        CheckpointError: jaxrank.json is damaged or of another version.
+    """
     return read_mark(folder).get("quantization") if is_converted(folder) else None
 
 
 def save(folder: Path, model: nnx.Module) -> None:
-    """Write the model's parameters into a folder, which has or gets the model's config.json and tokenizer.
+    """Write the model's parameters into a folder. The folder has, or later gets, the model's config.json and tokenizer.
 
-    Raises CheckpointError if there is one already, or if it cannot be written; UnsupportedError if the model is none
-    of jaxrank's.
+    Raises:
+        CheckpointError: there is a checkpoint already, or the folder cannot be written.
+        UnsupportedError: the model is not one of jaxrank's.
     """
     folder = Path(folder).absolute()
     if is_converted(folder) or (folder / WEIGHTS).exists():
@@ -81,15 +88,20 @@ def save(folder: Path, model: nnx.Module) -> None:
         write_weights(folder / WEIGHTS, arrays_of(values))
         (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
     except (OSError, ValueError, RuntimeError) as error:
-        # A full disk reaches us as OSError from Python, as ValueError or RuntimeError from TensorStore.
+        # A full disk gives OSError from Python, and ValueError or RuntimeError from TensorStore.
         raise CheckpointError(f"{folder} could not be written: {first_line(error)}") from error
 
 
 class Load(Protocol):
-    """Reads a checkpoint that was checked: the model with its parameters on the default device or spread over a mesh.
+    """Read a checkpoint that was checked, and return the model.
 
-    stacked: with its layers stacked (see models.layers.stack_layers). progress is called with the bytes read so far and
-    in all. Raises CheckpointError.
+    Args:
+        mesh: the devices that its parameters are spread over. None puts them on the default device.
+        stacked: whether its layers are stacked (see models.layers.stack_layers).
+        progress: a function that is called with the bytes read so far and the bytes in all.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
     """
 
     def __call__(
@@ -102,15 +114,29 @@ class Load(Protocol):
 
 
 def load(folder: Path, *, dtype: DTypeLike, quantization: str | None = None, mesh: Mesh | None = None) -> Any:
-    """The model of a converted folder: `prepare` and what it returns, with their options."""
+    """Load the model of a converted folder: `prepare`, and then the call of its result, with their options.
+
+    Raises:
+        CheckpointError: as in `prepare`.
+        UnsupportedError: as in `prepare`.
+    """
     return prepare(folder, dtype=dtype, quantization=quantization)(mesh)
 
 
 def prepare(folder: Path, *, dtype: DTypeLike, quantization: str | None = None) -> Load:
-    """Check a converted folder, without a look at the numbers and without a device; what is returned reads it.
+    """Check a converted folder, without reading the numbers and without a device.
 
-    dtype: of the matrices. quantization: "int8" rounds them while they are read; a folder that has them so keeps them.
-    Raises CheckpointError, or UnsupportedError.
+    Args:
+        folder: the folder.
+        dtype: the dtype of the matrices.
+        quantization: "int8" rounds the matrices while they are read. A folder that has them in int8 keeps them so.
+
+    Returns:
+        A function that reads the folder.
+
+    Raises:
+        CheckpointError: the folder is damaged, or not a converted one.
+        UnsupportedError: jaxrank does not implement the model.
     """
     folder = Path(folder).absolute()
     kept = read_mark(folder).get("quantization")
@@ -135,7 +161,11 @@ def prepare(folder: Path, *, dtype: DTypeLike, quantization: str | None = None) 
 
 
 def read_config(folder: Path) -> Config:
-    """The folder's config.json; CheckpointError if it is not there or no JSON object."""
+    """Read the folder's config.json.
+
+    Raises:
+        CheckpointError: the file is not there, or is not a JSON object.
+    """
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -149,7 +179,11 @@ def read_config(folder: Path) -> Config:
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
-    """The folder's jaxrank.json, checked."""
+    """Read and check the folder's jaxrank.json.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another version.
+    """
     path = folder / MARK
     try:
         mark = json.loads(path.read_text(encoding="utf-8"))
@@ -169,9 +203,17 @@ def read_mark(folder: Path) -> dict[str, Any]:
 
 
 def outline(config: Config, dtype: DTypeLike, quantization: str | None = None, *, stacked: bool = False) -> Any:
-    """The module that config.json describes, with shapes and dtypes in place of numbers; nothing is allocated.
+    """Return the module that config.json describes, with shapes and dtypes in place of numbers. Nothing is allocated.
 
-    stacked: with its layers stacked (see models.layers.stack_layers). Raises UnsupportedError or CheckpointError.
+    Args:
+        config: the parsed config.json.
+        dtype: the dtype of the matrices.
+        quantization: how they are quantised.
+        stacked: whether the layers are stacked (see models.layers.stack_layers).
+
+    Raises:
+        UnsupportedError: jaxrank does not implement the model.
+        CheckpointError: a field of config.json is missing or wrong.
     """
     family, settings = settings_of(config)
     model = nnx.eval_shape(lambda: family.module(settings, dtype=dtype, rngs=None))
@@ -183,12 +225,12 @@ def outline(config: Config, dtype: DTypeLike, quantization: str | None = None, *
 
 
 def write_weights(folder: Path, values: Mapping[str, jax.Array]) -> None:
-    """Write an Orbax checkpoint with one entry a value; raises whatever Orbax and TensorStore raise."""
+    """Write an Orbax checkpoint with one entry for each value. It raises the errors of Orbax and TensorStore."""
     import orbax.checkpoint as ocp
 
     tree = nested(values)
-    # Not compressed: random-looking mantissas shrink by less than a tenth, and the compressor would double the memory
-    # that saving takes. The layout is spelled out because read_weights relies on it.
+    # The checkpoint is not compressed. Random-looking mantissas shrink by less than a tenth, and the compressor would
+    # double the memory that saving takes. The layout is explicit because read_weights relies on it.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -196,18 +238,20 @@ def write_weights(folder: Path, values: Mapping[str, jax.Array]) -> None:
 
 
 def open_weights(folder: Path, outlines: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of an Orbax checkpoint by path, as TensorStore's arrays, not read yet.
+    """Return the entries of an Orbax checkpoint by path, as TensorStore's arrays. They are not read yet.
 
-    OSError or ValueError if one is missing or has another shape.
+    The function uses TensorStore, the storage under Orbax, and not Orbax's own restore. That one takes up to three
+    times the memory, because it reads whole arrays, casts copies of them, and does many at once.
 
-    Through TensorStore, the storage under Orbax, and not by Orbax's own restore: that one takes up to three times the
-    memory, because it reads whole arrays, casts copies of them, and does many at once.
+    Raises:
+        OSError: an entry is missing.
+        ValueError: an entry is missing or has another shape.
     """
     import tensorstore
 
     if not folder.is_dir():
         raise ValueError("there is no such folder")
-    # one chunk decoded at a time: further threads would keep chunks of memory, and copying is not what takes long
+    # One chunk is decoded at a time. More threads would keep chunks of memory, and copying does not take long.
     limits = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}}
     context = tensorstore.Context(limits)
     opened = {}
@@ -230,17 +274,26 @@ def read_weights(
     orders: Mapping[str, Part] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """What `open_weights` opened, as values of the wanted shapes and dtypes; OSError or ValueError if damaged.
+    """Read what `open_weights` opened, as values of the wanted shapes and dtypes.
 
-    outlines: of the values, where layers may be stacked, and what is stored whole may be wanted in int8. places: where
-    those lie that are not on the default device. orders: of those whose columns devices share out (see `orders`).
+    Args:
+        stored: the opened entries, by path.
+        outlines: the shapes and dtypes of the values. Layers may be stacked in them. A matrix that is stored in a wide
+            dtype may be wanted in int8.
+        places: the shardings of the values that are not on the default device.
+        orders: the column order of the values whose columns devices share (see `orders`).
+        progress: a function that is called with the bytes read so far and the bytes in all.
+
+    Raises:
+        OSError: the checkpoint is damaged.
+        ValueError: the checkpoint is damaged.
     """
     told = Progress(sum(entry.size * entry.dtype.numpy_dtype.itemsize for entry in stored.values()), progress)
-    # an entry in int8 has the name of what it stands for, and two of its own
+    # A parameter in int8 has two entries. Their names are its own name with a suffix.
     sources = by_parameter({path.removesuffix(SCALE).removesuffix(INT8): None for path in stored}, outlines)
 
     def pieces(path: str) -> Iterator[tuple[int, np.ndarray]]:
-        """An entry piece by piece, with the first row of each."""
+        """Yield an entry piece by piece, with the first row of each."""
         entry = stored[path]
         rows = (entry.chunk_layout.read_chunk.shape or (1,))[0] or 1
         for row in range(0, entry.shape[0] if entry.shape else 1, rows):
@@ -283,7 +336,11 @@ def read_weights(
 
 
 def scale_of(pieces: Iterator[tuple[int, np.ndarray]], shape: tuple[int, ...], name: str) -> np.ndarray:
-    """The scales of an array that comes in pieces; those axes share one that have size 1. ValueError with the name."""
+    """Return the scales of an array that comes in pieces. An axis of size 1 in `shape` shares one scale.
+
+    Raises:
+        ValueError: a number is not finite. The message has the name.
+    """
     axes = [axis for axis, size in enumerate(shape) if size == 1]
     largest = np.zeros(shape, np.float32)
     for row, piece in pieces:
@@ -296,7 +353,12 @@ def scale_of(pieces: Iterator[tuple[int, np.ndarray]], shape: tuple[int, ...], n
 
 
 class BuildingInt8:
-    """A parameter in int8 and its scales, as they are filled; place: as `places` has it."""
+    """A parameter in int8 and its scales, while they are filled.
+
+    Args:
+        outline: the parameter's shapes.
+        place: its shardings, as in `places`.
+    """
 
     def __init__(self, outline: Quantized, place: Quantized | None) -> None:
         self.outline = outline
@@ -304,18 +366,23 @@ class BuildingInt8:
         self.scale = Building(outline.scale.shape, np.dtype(np.float32), None if place is None else place.scale)
 
     def finish(self) -> Quantized:
-        """Both on their devices."""
+        """Return both on their devices."""
         return replace(self.outline, values=self.values.finish(), scale=self.scale.finish())
 
 
 def places(model: nnx.Module, mesh: Mesh | None) -> dict[str, Any]:
-    """Where a model's parameters lie on the mesh, by path, two shardings for one in int8; none without a mesh."""
+    """Return where a model's parameters lie on the mesh, by path.
+
+    One in int8 has two shardings. Without a mesh there are none.
+    """
     return {} if mesh is None else by_path(shardings(nnx.state(model), mesh))
 
 
 def orders(model: nnx.Module) -> dict[str, Part]:
-    """How columns of stored arrays go to the devices that share them, by path of the parameters that have members (see
-    sharding.arranged)."""
+    """Return how columns of stored arrays go to the devices that share them, by path.
+
+    Only parameters that have members are listed (see sharding.arranged).
+    """
     found = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         metadata = leaf.get_metadata()
@@ -325,17 +392,17 @@ def orders(model: nnx.Module) -> dict[str, Part]:
 
 
 def by_path(state: Any) -> dict[str, Any]:
-    """What a state's parameters hold, by path: "layers/0/attention/qkv/kernel"."""
+    """Return the values of a state's parameters by path, such as "layers/0/attention/qkv/kernel"."""
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def parameters(model: nnx.Module) -> dict[str, Any]:
-    """A model's arrays, or outlines of arrays, by path; two for a parameter in int8."""
+    """Return a model's arrays, or outlines of arrays, by path. A parameter in int8 has two."""
     return arrays_of(by_path(nnx.state(model)))
 
 
 def arrays_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by path, with two entries for one in int8."""
+    """Return the values by path, with two entries for one in int8."""
     arrays: dict[str, Any] = {}
     for path, value in values.items():
         parts = {INT8: value.values, SCALE: value.scale} if isinstance(value, Quantized) else {"": value}
@@ -344,7 +411,7 @@ def arrays_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assemble(model: nnx.Module, values: Mapping[str, Any], mesh: Mesh | None = None) -> Any:
-    """The module of `outline` with its parameters put in, arranged for the mesh's devices."""
+    """Return the module of `outline` with its parameters put in, arranged for the mesh's devices."""
     graph, state = nnx.split(model)
     shards = 1 if mesh is None else mesh.shape[MODEL]
     filled = [
@@ -354,7 +421,7 @@ def assemble(model: nnx.Module, values: Mapping[str, Any], mesh: Mesh | None = N
 
 
 def main_dtype(values: Mapping[str, Any]) -> str:
-    """The dtype that most of the numbers have, or stand for."""
+    """Return the dtype that most of the numbers have, or stand for."""
     sizes: Counter[str] = Counter()
     for value in values.values():
         sizes[str(value.dtype)] += value.size
@@ -362,7 +429,7 @@ def main_dtype(values: Mapping[str, Any]) -> str:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{"layers/0/norm": x} as {"layers": {"0": {"norm": x}}}."""
+    """Return {"layers/0/norm": x} as {"layers": {"0": {"norm": x}}}."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
         *folders, name = path.split("/")
@@ -374,6 +441,9 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says on its first line, the middle cut out if long: TensorStore ends with the reason."""
+    """Return the first line of an exception's text.
+
+    If it is long, its middle is cut out: TensorStore's reason is at the end.
+    """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) < 300 else f"{line[:120]} ... {line[-160:]}"

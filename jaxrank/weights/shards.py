@@ -1,8 +1,8 @@
-"""Parameters put together in host memory, each device's part by itself, from pieces of files.
+"""Parameters are put together in host memory from pieces of files, with each device's part by itself.
 
-What is read goes straight into the memory of the devices' parts, so that a parameter is whole only where a device keeps
-all of it. Devices that keep the same part share its memory until they have it; on CPU they keep it so. Parameters of
-stacked layers are filled one place after the other.
+What is read goes straight into the memory of the devices' parts. So a parameter is whole only where a device keeps all
+of it. Devices that keep the same part share its memory until they have it. On CPU they share it afterwards too.
+Parameters of stacked layers are filled one place after the other.
 """
 
 from __future__ import annotations
@@ -20,36 +20,38 @@ from jax.sharding import Sharding
 from tqdm import tqdm
 
 ALIGNMENT = 64
-"""At this alignment of host memory the CPU backend takes an array over instead of copying it."""
+"""With host memory at this alignment, the CPU backend uses an array in place instead of copying it."""
 
 READERS = 2
-"""Parameters that are read side by side, since most of the time goes into touching new memory."""
+"""The number of parameters that are read at the same time. Most of the time goes into the first use of new memory."""
 
 Shape = tuple[int, ...]
 Result = TypeVar("Result")
 
 
 class Slot(NamedTuple):
-    """Where an entry of a file goes: a parameter, and for one of stacked layers the place on its leading axis."""
+    """Where an entry of a file goes: a parameter, and for stacked layers the place on its leading axis."""
 
     parameter: str
     place: int | None = None
 
 
 def slot_of(path: str, parameters: Mapping[str, Any]) -> Slot:
-    """The slot of a path such as layers/3/norm/scale, in parameters whose layers are stacked or not."""
+    """Return the slot of a path such as layers/3/norm/scale, in parameters whose layers are stacked or not."""
     names = path.split("/")
     numbers = [at for at, name in enumerate(names) if name.isdigit()]
     if path not in parameters:
-        for at in reversed(numbers):  # the last one: of stages/0/3/up, layer 3 is stacked, the stage is not
+        for at in reversed(numbers):  # the last number: of stages/0/3/up, layer 3 is stacked, the stage is not
             if (stacked := "/".join(names[:at] + names[at + 1 :])) in parameters:
                 return Slot(stacked, int(names[at]))
     return Slot(path)
 
 
 def by_parameter(paths: Iterable[str], parameters: Mapping[str, Any]) -> dict[str, dict[str, int | None]]:
-    """The paths that fill each parameter, with their places: the largest parameter first, since what a large one needs
-    for a moment is then not added to all the others."""
+    """Return the paths that fill each parameter, with their places. The largest parameter comes first.
+
+    A large parameter needs extra memory for a moment. In this order it is not added to the memory of all the others.
+    """
     found: dict[str, dict[str, int | None]] = {}
     for path in paths:
         slot = slot_of(path, parameters)
@@ -60,9 +62,11 @@ def by_parameter(paths: Iterable[str], parameters: Mapping[str, Any]) -> dict[st
 class Part(NamedTuple):
     """A tensor that holds only some of a parameter's entries along one axis, or has them in another order.
 
-    axis: of the parameter, counted from the last. order: from its size and how many
-    devices share it, the tensor's index of each entry in the order of placed columns (see sharding.arranged); -1 where
-    another tensor has it.
+    Attributes:
+        axis: the axis of the parameter, counted from the last.
+        order: a function of the axis's size and the number of devices that share it. It gives the tensor's index of
+            each entry, in the order of placed columns (see sharding.arranged). An entry that another tensor has gets
+            -1.
     """
 
     axis: int
@@ -70,11 +74,19 @@ class Part(NamedTuple):
 
 
 class View:
-    """One device's part of a parameter, or of a place of it, as the tensor lies that fills it: axes flattened, then
-    transposed or not. Of the tensor's rows or columns it has some runs.
+    """One device's part of a parameter, or of a place of it, in the layout of the tensor that fills it.
 
-    shape: of the whole. cut: the device's range of each axis; at most one is not the whole axis, and only axes
-    of size 1 are flattened into that. part: where the tensor holds a part of the parameter alone.
+    Axes of the part are flattened, and the result is transposed if necessary. The part has some runs of the tensor's
+    rows or columns.
+
+    Args:
+        memory: the memory of the part.
+        shape: the shape of the whole.
+        cut: the device's range of each axis. At most one is not the whole axis, and only axes of size 1 are flattened
+            into that one.
+        flat: a function that flattens a shape.
+        transposed: whether the tensor is transposed.
+        part: set where the tensor holds only a part of the parameter.
     """
 
     def __init__(
@@ -90,7 +102,7 @@ class View:
         self.array = np.atleast_1d(together.T if transposed else together)
         self.axis, self.runs = 0, [(0, 0, len(self.array))]
         narrow = [i for i, (size, mine) in enumerate(zip(shape, cut, strict=True)) if len(mine) < size]
-        if part is not None and shape[part.axis] == 1:  # a scale that holds for all of it
+        if part is not None and shape[part.axis] == 1:  # this is a scale that holds for all of it
             part = None
         if part is None and not narrow:
             return
@@ -98,11 +110,11 @@ class View:
         mine = slice(cut[at].start, cut[at].stop)
         shards = shape[at] // len(cut[at])
         self.runs = runs_of((np.arange(shape[at]) if part is None else part.order(shape[at], shards))[mine])
-        axis = at - len(shape) + len(whole)  # nothing but axes of size 1 is flattened into it
+        axis = at - len(shape) + len(whole)  # only axes of size 1 are flattened into it
         self.axis = len(whole) - 1 - axis if transposed else axis
 
     def write(self, first: int, rows: np.ndarray) -> None:
-        """Take over what is the part's of consecutive rows of the tensor, from row `first` on."""
+        """Copy the part's share of consecutive rows of the tensor, from row `first` on."""
         for theirs, ours, length in self.runs:
             if self.axis == 0:
                 start, end = max(first, theirs), min(first + len(rows), theirs + length)
@@ -115,8 +127,10 @@ class View:
 
 
 def runs_of(index: np.ndarray) -> list[tuple[int, int, int]]:
-    """(first of theirs, first of ours, length) of each run in which the tensor's indices of our entries count up;
-    entries of -1 are in none."""
+    """Return (first of theirs, first of ours, length) of each run.
+
+    In a run the tensor's indices of our entries count up. Entries of -1 are in no run.
+    """
     borders = np.flatnonzero((np.diff(index) != 1) | (index[:-1] < 0)) + 1
     starts = [0, *borders.tolist()]
     lengths = np.diff([*starts, len(index)]).tolist()
@@ -144,10 +158,11 @@ class Building:
         transposed: bool = False,
         part: Part | None = None,
     ) -> list[View]:
-        """The devices' parts as the tensor lies that fills the parameter, or that place of it."""
+        """Return the devices' parts of the parameter, or of its place `place`, in the layout of the tensor that
+        fills it."""
         skip = 0 if place is None else 1
         return [
-            # the dots make a view of one number too
+            # the dots make a view of a single number too
             View(
                 memory if place is None else memory[place, ...], self.shape[skip:], list(cut[skip:]), flat, transposed,
                 part,
@@ -156,18 +171,21 @@ class Building:
         ]  # fmt: skip
 
     def finish(self) -> jax.Array:
-        """The array on its devices. On CPU it IS the memory that was filled, so that must not be written again."""
+        """Return the array on its devices.
+
+        On CPU it IS the memory that was filled. So that memory must not be written again.
+        """
         for memory in self.parts.values():
             memory.flags.writeable = False
         arrays = [jax.device_put(self.parts[cut], device) for device, cut in self.devices.items()]
-        jax.block_until_ready(arrays)  # keeps copies for an accelerator from piling up
+        jax.block_until_ready(arrays)  # so that copies for an accelerator do not add up
         if self.place is None:
             return arrays[0]
         return jax.make_array_from_single_device_arrays(self.shape, self.place, arrays)
 
 
 class Progress:
-    """Bytes done and in all, told to `tell` by one thread at a time."""
+    """Count the bytes done, and report them with the bytes in all to `tell`, from one thread at a time."""
 
     def __init__(self, total: int, tell: Callable[[int, int], None] | None) -> None:
         self.total, self.done, self.tell, self.lock = total, 0, tell, threading.Lock()
@@ -181,8 +199,12 @@ class Progress:
 
 @contextlib.contextmanager
 def byte_bar(said: str, *, disable: bool | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, which is called with bytes done and bytes in all. disable: None shows it on a terminal
-    alone."""
+    """Show a progress bar on stderr. It is called with the bytes done and the bytes in all.
+
+    Args:
+        said: the label of the bar.
+        disable: whether to hide the bar. None shows it only on a terminal.
+    """
     with tqdm(desc=said, unit="B", unit_scale=True, disable=disable) as bar:
 
         def advance(done: int, total: int) -> None:
@@ -193,7 +215,7 @@ def byte_bar(said: str, *, disable: bool | None = None) -> Iterator[Callable[[in
 
 
 def in_threads(work: Callable[[str], Result], names: Iterable[str]) -> dict[str, Result]:
-    """work(name) for all names, READERS at a time; the first exception ends it."""
+    """Return work(name) for all names. READERS of them run at a time, and the first exception ends it."""
     with ThreadPoolExecutor(READERS) as pool:
         futures = {name: pool.submit(work, name) for name in names}
         try:
@@ -203,7 +225,7 @@ def in_threads(work: Callable[[str], Result], names: Iterable[str]) -> dict[str,
 
 
 def host_memory(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """Uninitialised contiguous memory that begins at a multiple of ALIGNMENT."""
+    """Return uninitialised contiguous memory that begins at a multiple of ALIGNMENT."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

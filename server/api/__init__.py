@@ -1,1 +1,1 @@
-"""What a request may say, and what the server tells of itself."""
+"""The contents of requests, and the facts that the server reports of itself."""

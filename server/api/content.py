@@ -1,4 +1,4 @@
-"""The contents of a request: JSON strings and parts in, texts and the images and videos that they name out."""
+"""The contents of a request. JSON strings and parts come in; texts, images and videos come out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from jaxrank.server.errors import BadRequest, Invalid
 from jaxrank.server.media.loading import MediaPart
 
 HOLDS = ("text", "content", "image", "image_url", "video", "video_url")
-"""Fields of a part, of which one is needed."""
+"""Fields of a part. One of them is needed."""
 
-# Names of types are names of schemas, which schemas.py writes.
+# The names of these types are the names of the schemas that schemas.py writes.
 
 
 class Part(BaseModel):
     """A piece of a query or document: {"type": "text", "text": "..."} or {"text": "..."}; for models that see also
-    {"type": "image_url", "image_url": {"url": "..."}}, {"image": "..."}, the same of video, or {"content": [parts]}."""
+    {"type": "image_url", "image_url": {"url": "..."}}, {"image": "..."}, the same for video, or {"content": [parts]}.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -30,7 +31,7 @@ class Part(BaseModel):
 Content = TypeAliasType("Content", str | Part | list[Part])
 
 FilledContent = TypeAliasType("FilledContent", str | Part | list[Part])
-"""The same where one without anything in it is refused."""
+"""The same, but refused if it is empty."""
 
 Side = str | list[str | MediaPart]
 """A query or document: one text, or texts and media in their order."""
@@ -46,13 +47,22 @@ _KINDS: dict[str, Kind] = {"image": "image", "image_url": "image", "video": "vid
 
 
 def allowed(sees: bool) -> str:
-    """What a content may be, for messages."""
+    """Return the phrase for messages that says what a content may be."""
     return MEDIA if sees else TEXTS
 
 
 def read(content: Content, place: str, sees: bool) -> Side:
-    """The content at `place` of a request. Raises BadRequest for media that the model cannot see, and for text that is
-    not Unicode, Invalid for parts of another kind."""
+    """Return the content of one query or document.
+
+    Args:
+        content: The content as it was sent.
+        place: Its place in the request, for messages.
+        sees: Whether the model sees images and videos.
+
+    Raises:
+        BadRequest: It has media that the model cannot see, or text that is not valid Unicode.
+        Invalid: A part has another form than the allowed ones.
+    """
     if isinstance(content, str):
         return _checked(content, place)
     pieces = [_piece(part, place, sees) for part in _parts(content, place, sees)]
@@ -61,14 +71,17 @@ def read(content: Content, place: str, sees: bool) -> Side:
 
 
 def media_of(side: Side, place: str) -> list[tuple[str, MediaPart]]:
-    """The images and videos of a content, each with its own place, such as documents[2][1]."""
+    """Return the images and videos of a content, each with its own place, such as documents[2][1]."""
     pieces = side if isinstance(side, list) else []
     return [(f"{place}[{i}]", piece) for i, piece in enumerate(pieces) if isinstance(piece, MediaPart)]
 
 
 def without_payloads(value: Any) -> Any:
-    """A JSON value as it was sent, but for data: URLs, of which only the beginning is left, and for what is no Unicode
-    in fields that nobody reads."""
+    """Return a JSON value as it was sent, without the contents of data: URLs.
+
+    Only the beginning of a data: URL is kept. Invalid Unicode is replaced, which occurs only in fields that the server
+    does not read.
+    """
     if isinstance(value, str):
         text = f"{value[: value.find(',') + 1 or 32][:64]}..." if value[:5].lower() == "data:" else value
         return text if text.isascii() else text.encode(errors="replace").decode()
@@ -92,8 +105,14 @@ def _parts(content: Part | list[Part], place: str, sees: bool) -> list[Part]:
 
 
 def _piece(part: Part, place: str, sees: bool) -> str | MediaPart:
-    """The text of one part, or what it shows. Media that a model cannot see are refused, not left out: the score would
-    be of something else."""
+    """Return the text of one part, or its image or video.
+
+    Media that a model cannot see are refused, not left out. Otherwise the score would be for a different content.
+
+    Raises:
+        BadRequest: The model cannot see the part, or its text is not valid Unicode.
+        Invalid: The part has another form than the allowed ones.
+    """
     extra = part.model_extra or {}
     names = [name for name in _KINDS if name in extra and extra[name] is not None]
     if not sees and (names or part.type in _KINDS):
@@ -111,7 +130,7 @@ def _piece(part: Part, place: str, sees: bool) -> str | MediaPart:
 
 
 def _source(value: Any) -> str | tuple[str, ...]:
-    """The address in a part, or those of a video's frames; () if there is none."""
+    """Return the address in a part, or the addresses of a video's frames. It is () if there is none."""
     value = value.get("url") if isinstance(value, dict) else value
     if isinstance(value, list):
         frames = [_source(one) for one in cast(list[Any], value)]

@@ -1,4 +1,4 @@
-"""What the server tells of itself, in the forms in which clients ask: /v1/models, /models, /info, /version."""
+"""What the server reports of itself, in the forms that clients ask for: /v1/models, /models, /info, /version."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 ScoreScale = Annotated[
-    str, Field(description='"logit" or "probability": what SGLang\'s and llama.cpp\'s dialects answer.')
+    str, Field(description='"logit" or "probability": the scale of scores in SGLang\'s and llama.cpp\'s dialects.')
 ]
 
 
 class Model(BaseModel):
-    """A model, as OpenAI's API lists it."""
+    """A model, in the form of OpenAI's API."""
 
     id: str
     object: str
@@ -30,7 +30,7 @@ class Model(BaseModel):
     max_model_len: int = Field(description="Most tokens of a query and document together.")
     max_documents: int = Field(description="Most documents in one request.")
     input_modalities: list[str] = Field(description='What queries and documents may hold: "text", "image", "video".')
-    takes_instruct: bool = Field(description="Whether requests may say what is to be judged, in instruct.")
+    takes_instruct: bool = Field(description="Whether requests may set instruct, which says what to judge.")
     score_scale: ScoreScale
 
 
@@ -44,14 +44,14 @@ class Models(BaseModel):
 class QueueStats(BaseModel):
     """The state of the queue."""
 
-    queue_fraction: float = Field(description="Of the requests that may wait, how many do.")
+    queue_fraction: float = Field(description="Waiting requests, as a fraction of the most that may wait.")
     queue_absolute: int = Field(description="Requests accepted and not answered.")
     results_pending: int = Field(description="The same.")
     batch_size: int = Field(description="Most documents in one request.")
 
 
 class InfinityModel(Model):
-    """A model, as Infinity lists it."""
+    """A model, in the form of Infinity's list."""
 
     stats: QueueStats
     backend: str
@@ -73,27 +73,27 @@ class Labels(BaseModel):
 
 
 class ModelType(BaseModel):
-    """What the model is for."""
+    """The purpose of the model."""
 
     reranker: Labels
 
 
 class FailedAttention(BaseModel):
-    """An attention body that is not in use."""
+    """An attention implementation that is not used."""
 
     implementation: str
-    reason: str = Field(description="How it failed its check on this device at the start.")
+    reason: str = Field(description="How it failed its check on this device when the server started.")
 
 
 class Attention(BaseModel):
-    """The attention body in use."""
+    """The attention implementation in use."""
 
     implementation: str
-    failed: list[FailedAttention] = Field(description="Faster ones that are not right on this device.")
+    failed: list[FailedAttention] = Field(description="Faster implementations that are not correct on this device.")
 
 
 class Info(BaseModel):
-    """The answer of GET /info. What is null has no counterpart here."""
+    """The answer of GET /info, where null stands for a fact that this server does not have."""
 
     model_id: str
     model_sha: str | None
@@ -105,15 +105,15 @@ class Info(BaseModel):
     max_batch_tokens: int = Field(description="Most tokens that are scored together.")
     max_batch_requests: int | None
     max_client_batch_size: int = Field(description="Most documents in one request.")
-    auto_truncate: bool = Field(description="Whether pairs that are too long are cut, where a request does not say.")
+    auto_truncate: bool = Field(description="Whether pairs that are too long are cut, if a request does not say.")
     tokenization_workers: int
     version: str
     sha: str | None
     docker_label: str | None
-    max_body_bytes: int = Field(description="Size of one request.")
+    max_body_bytes: int = Field(description="Most bytes in the body of one request.")
     score_scale: ScoreScale
     attention: dict[str, Attention] = Field(
-        description='What computes attention: of the "text" model, and of the "vision" tower of models that see.'
+        description='The attention of the "text" model, and of the "vision" tower if the model sees.'
     )
 
 
@@ -125,13 +125,20 @@ class Version(BaseModel):
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of one server."""
+    """The facts of one server.
+
+    Args:
+        reranker: The model.
+        settings: The application's settings.
+        started: When the server started, in seconds since 1970.
+    """
 
     reranker: ServedModel
     settings: Settings
     started: int
 
     def model(self) -> dict[str, Any]:
+        """Return the model in the form of Model."""
         return {
             "id": self.settings.model,
             "object": "model",
@@ -146,12 +153,19 @@ class Facts:
 
     @property
     def score_scale(self) -> str:
+        """The scale of scores in SGLang's and llama.cpp's dialects: "logit" or "probability"."""
         return "logit" if self.reranker.scores_are_logits else "probability"
 
     def models(self) -> Mapping[str, Any]:
+        """Return the answer of GET /v1/models."""
         return {"object": "list", "data": [self.model()]}
 
     def infinity_models(self, waiting: int) -> Mapping[str, Any]:
+        """Return the answer of GET /models.
+
+        Args:
+            waiting: The number of requests that are accepted but not answered.
+        """
         stats = {
             "queue_fraction": waiting / self.settings.max_queue_requests,
             "queue_absolute": waiting,
@@ -162,6 +176,7 @@ class Facts:
         return {"object": "list", "data": [model]}
 
     def info(self) -> Mapping[str, Any]:
+        """Return the answer of GET /info."""
         settings = self.settings
         return {
             "model_id": self.reranker.name,

@@ -1,7 +1,8 @@
-"""What /docs and /openapi.json tell: one document for all dialects, and under each path prefix one for that dialect.
+"""The documents behind /docs and /openapi.json. One is for all dialects, and one under each path prefix is for that
+dialect.
 
-The inference routes read their bodies by hand, so their operations are written here; statuses come from the dialects'
-tables of refusals.
+The inference routes read their bodies by hand, so their operations are written here. Their statuses come from the
+dialects' tables of refusals.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ from jaxrank.server.errors import (
 
 DESCRIPTION = """Rerankers on JAX, for the clients of SGLang, vLLM, Cohere, Jina, Voyage, TEI, Infinity and llama.cpp.
 
-Which of them a request is for is said by the base URL (`/cohere/v1/rerank`; `/cohere/docs` describes that dialect
-alone), by the header `X-Rerank-Dialect`, by the server's flag `--dialect`, or else told by path and body.
+A request names its dialect by the base URL, as in `/cohere/v1/rerank`, or by the header `X-Rerank-Dialect`. Otherwise
+the server's flag `--dialect` decides, or else path and body. `/cohere/docs` describes that dialect alone.
 
-Every answer has the header `X-Request-Id`. Other paths are answered 404, other methods 405 with the header `Allow`,
-with the body of all refusals. `GET /` is a page to try the model, `GET /docs` shows this document."""
+Every answer has the header `X-Request-Id`. Other paths are answered 404. Other methods are answered 405, with
+the header `Allow`. Both have the body of all refusals. `GET /` is a page to try the model. `GET /docs` shows this
+document."""
 
 RERANK_PATHS = ("/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking")
 SCORE_PATHS = ("/score", "/v1/score")
@@ -51,30 +53,35 @@ SCORE_PATHS = ("/score", "/v1/score")
 class Health(BaseModel):
     """The answer of GET /health."""
 
-    status: Literal["alive", "failing", "failed"] = Field(description="Failing: the last batches failed.")
-    reason: str | None = Field(None, description="What is wrong. Only there if something is.")
+    status: Literal["alive", "failing", "failed"] = Field(description='"failing" means that the last batches failed.')
+    reason: str | None = Field(None, description="What is wrong, if something is.")
 
 
 class Ready(BaseModel):
     """The answer of GET /ready."""
 
-    ready: bool = Field(description="Whether requests are scored. The status is 200 then, else 503.")
+    ready: bool = Field(description="Whether requests are scored; the status is then 200, else 503.")
     state: Literal["warming up", "ready", "stopping", "failing", "failed"]
-    progress: str = Field(description="What the warm-up is at.")
+    progress: str = Field(description="The progress of the warm-up.")
     model: str
-    compilations_after_ready: int = Field(description="Programs compiled since the warm-up. Anything but 0 is a bug.")
-    queued_requests: int = Field(description="Requests accepted and not answered.")
-    queued_tokens: int = Field(description="Tokens accepted and not scored.")
+    compilations_after_ready: int = Field(description="Programs compiled since the warm-up; more than 0 is a bug.")
+    queued_requests: int = Field(description="Requests that are accepted but not answered.")
+    queued_tokens: int = Field(description="Tokens that are accepted but not scored.")
 
 
 def unavailable(model: type[BaseModel], *, retry: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The 503 of a route that answers the same model then. retry: with the header Retry-After."""
+    """Return the description of a 503 that has the same model as the 200.
+
+    Args:
+        model: The model of the answer.
+        retry: Whether the answer has the header Retry-After.
+    """
     headers = {"headers": _FAILED[503]} if retry else {}
     return {503: {"model": model, "description": "Not (any more) in this state.", **headers}}
 
 
 OPEN: dict[str, Any] = {"security": []}
-"""What the documentation of a route has more that needs no key."""
+"""An addition to the documentation of a route that needs no key."""
 
 ALWAYS: dict[type[Refusal], str] = {
     Unauthorized: "No API key, or an unknown one.",
@@ -95,18 +102,25 @@ SCORING: dict[type[Refusal], str] = {
     NotReady: "The model is warming up, or the server shuts down. Ask again after Retry-After seconds.",
     Expired: "The request was not finished in its time; see the header X-Request-Timeout.",
 }
-"""Why those may that score or tokenise."""
+"""Why the routes that score or tokenise may also refuse a request."""
 
 PLAIN = {
     400: "What came is not HTTP.",
     408: "The headers did not arrive in time.",
     503: "There are too many connections.",
 }
-"""Why connections are refused before there is a request, in plain text."""
+"""Why a connection may be refused before there is a request. These answers are plain text."""
 
 
 def describe(app: FastAPI, dialect: Dialect | None, terms: Terms, *, guarded: bool) -> dict[str, Any]:
-    """The OpenAPI document for one dialect, or with None for all of them. guarded: whether there are keys."""
+    """Return the OpenAPI document for one dialect, or for all of them.
+
+    Args:
+        app: The application.
+        dialect: The dialect. None for all of them.
+        terms: The server's limits for requests.
+        guarded: Whether the server has keys.
+    """
     spoken = [dialect] if dialect else list(DIALECTS.values())
     scoring = [one for one in spoken if one.pairs] or [one for one in DIALECTS.values() if one.pairs]
     pairs = [one.pairs for one in scoring if one.pairs]
@@ -173,7 +187,7 @@ _NAMES = {
     "in": "header",
     "required": False,
     "schema": {"type": "string", "enum": list(DIALECTS)},
-    "description": "Whose client this is, where the base URL does not say it.",
+    "description": "The dialect of the request, if the base URL does not name it.",
 }
 _PARAMETERS = [
     {
@@ -181,14 +195,14 @@ _PARAMETERS = [
         "in": "header",
         "required": False,
         "schema": {"type": "number", "exclusiveMinimum": 0},
-        "description": "Seconds in which to answer, if fewer than the server's own.",
+        "description": "Seconds until the answer, if fewer than the server's own limit.",
     },
     {
         "name": "X-Request-Id",
         "in": "header",
         "required": False,
         "schema": {"type": "string"},
-        "description": "The id of the answer, if it is 1 to 128 printable ASCII characters.",
+        "description": "The id for the answer, if it is 1 to 128 printable ASCII characters.",
     },
 ]
 _RENDER = {
@@ -204,14 +218,14 @@ def _header(description: str, kind: str = "string", **schema: Any) -> dict[str, 
     return {"description": description, "required": True, "schema": {"type": kind, **schema}}
 
 
-_REQUEST_ID = {"X-Request-Id": _header("The request's own id, or a new one. The log has it too.")}
+_REQUEST_ID = {"X-Request-Id": _header("The request's own id, or a new one; the log has it too.")}
 _SCORED = {
     HEADER: _header("The dialect of the answer.", enum=list(DIALECTS)),
-    "X-Score-Scale": _header("What the scores are.", enum=["logit", "probability"]),
+    "X-Score-Scale": _header("The scale of the scores.", enum=["logit", "probability"]),
     "X-Truncated-Tokens": _header("Tokens of query and documents that were cut off.", "integer"),
 }
 _FAILED = {
-    401: {"WWW-Authenticate": _header("How to say the key.", const="Bearer")},
+    401: {"WWW-Authenticate": _header("How to send the key.", const="Bearer")},
     429: {"Retry-After": _header("Whole seconds after which to ask again.", "integer")},
     503: {"Retry-After": _header("Whole seconds after which to ask again.", "integer")},
 }
@@ -219,13 +233,13 @@ _FAILED = {
 
 
 class _Schemas:
-    """JSON schemas of models, and the definitions that they refer to."""
+    """JSON schemas of models, and the definitions that they use."""
 
     def __init__(self) -> None:
         self.definitions: dict[str, Any] = {}
 
     def of(self, models: Sequence[Any]) -> dict[str, Any]:
-        """The schema of what is any of the models."""
+        """Return the schema of a value that is any one of the models."""
         kinds = list(dict.fromkeys(models))
         adapter: TypeAdapter[Any] = TypeAdapter(reduce(or_, kinds))
         schema = adapter.json_schema(ref_template="#/components/schemas/{model}")
@@ -237,8 +251,10 @@ class _Schemas:
 
 
 def _failures(spoken: Sequence[Dialect], texts: Mapping[type[Refusal], str], errors: Any) -> dict[str, dict[str, Any]]:
-    """The answers to requests that are refused for these reasons, by status. Reasons name the dialects that give them
-    this status, if not all do."""
+    """Return the answers for these reasons to refuse a request, by status.
+
+    If only some dialects give a reason this status, its text names them.
+    """
     found: dict[int, list[str]] = {}
     for kind, text in texts.items():
         titles: dict[int, list[str]] = {}
@@ -252,7 +268,7 @@ def _failures(spoken: Sequence[Dialect], texts: Mapping[type[Refusal], str], err
 
 
 def _with_plain(responses: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, and what is answered where there is no request yet."""
+    """Return the responses, with the plain-text answers for connections without a request."""
     plain = {"text/plain": {"schema": {"type": "string"}}}
     added = {
         str(status): {

@@ -1,8 +1,7 @@
-"""What every dialect reads a request into, and what its answer is made of: JSON in, a Rerank out.
+"""Reads a request of any dialect into a Rerank, and defines what its answer is made of.
 
-Lenient where that cannot mislead: null means the default, unknown fields are ignored, and every dialect takes the
-fields of the others. Everything that is refused is refused with the field's name and what it may hold, never with the
-value that came.
+The reading is lenient where that cannot mislead. Null means the default, unknown fields are ignored, and every dialect
+accepts the fields of the others. A refusal names the field and its allowed values. It never quotes the value that came.
 """
 
 from __future__ import annotations
@@ -24,74 +23,75 @@ from jaxrank.types import Patches
 
 
 def as_list(value: Any) -> Any:
-    """A lone document as a list of one."""
+    """Return a single document as a list of one. Return other values unchanged."""
     return [value] if isinstance(value, str | dict) else value
 
 
 Documents = TypeAliasType("Documents", Annotated[list[Content], BeforeValidator(as_list)])
-"""A list of contents, or a lone one that is no list itself."""
+"""A list of contents, or a single one that is not a list itself."""
 
 FilledDocuments = TypeAliasType("FilledDocuments", Annotated[list[FilledContent], BeforeValidator(as_list)])
-"""The same where documents without anything in them are refused."""
+"""The same, but refused if a document is empty."""
 
 SideName = Literal["left", "right", "Left", "Right"]
 LongDocument = Literal["truncate", "window"]
 
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 SPAN = (
-    "With long_document = window: the characters [start, stop) of the document's text, as code points, that the score "
-    "is of."
+    "With long_document = window, the characters [start, stop) of the document's text that give the score, counted in "
+    "code points."
 )
-"""What results say as window, for the documentation."""
+"""The description of a result's window, for the documentation."""
 
 
 _RESERVED = ("chat_template", "tools", "tokenize")
-"""What chat_template_kwargs cannot set."""
+"""The keys that chat_template_kwargs must not set."""
 
 
 class Options(BaseModel):
-    """What a request may say besides query and documents, in any dialect. Null stands for the default; unknown fields
-    are ignored."""
+    """The fields that a request may have besides query and documents, in any dialect; null stands for the default, and
+    unknown fields are ignored.
+    """
 
     model: Any = Field(None, description="Ignored: the server has one model.")
-    top_n: int | None = Field(None, ge=1, description="How many results to answer, best first. Null: all.")
+    top_n: int | None = Field(None, ge=1, description="How many results to answer, best first; null means all.")
     top_k: int | None = Field(None, ge=1, description="Another name of top_n.")
     return_documents: bool | None = Field(
-        None, description="Whether results carry their document. Null: as the dialect's own server does."
+        None, description="Whether results carry their document; null means as in the dialect's own server."
     )
     return_text: bool | None = Field(None, description="Another name of return_documents.")
     truncate: bool | None = Field(
         None,
-        description="Whether a pair that is too long is cut (its document first); false: it is refused. Null: as the "
-        "server was started, usually true.",
+        description="Whether a pair that is too long is cut (its document first), not refused; null means the server's "
+        "default, usually true.",
     )
     truncation: bool | None = Field(None, description="Another name of truncate.")
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, description="Most tokens of a pair, longer ones are cut. -1: what the model takes."
+        None, ge=-1, description="Most tokens of a pair, above which it is cut; -1 means the model's limit."
     )
     truncation_side: SideName | None = Field(
-        None, description='"left": what is too long loses its beginning. Null: its end.'
+        None, description='"left" cuts the beginning of a text that is too long; null cuts its end.'
     )
     truncation_direction: SideName | None = Field(None, description="Another name of truncation_side.")
     max_tokens_per_doc: int | None = Field(
         None,
         ge=0,
-        description="Most tokens of a document's text, which is cut before it is scored. 0 or null: no limit.",
+        description="Most tokens of a document's text, which is cut before it is scored; 0 or null means no limit.",
     )
     max_doc_length: int | None = Field(None, ge=0, description="Another name of max_tokens_per_doc.")
     max_tokens_per_query: int | None = Field(None, ge=0, description="The same for the query.")
     long_document: LongDocument | None = Field(
         None,
-        description='"window": documents that do not fit are split into overlapping windows, the best of which gives '
-        'the score; results say which as window. "truncate": their end is cut off. Null: as the server was started.',
+        description='"window" splits documents that do not fit into overlapping windows, of which the best one gives '
+        'the score and the field window; "truncate" cuts off their end; null means the default of the server.',
     )
     instruct: str | None = Field(
-        None, description="What is to be judged; for models that read a prompt, others ignore it. Null: the default."
+        None, description="What to judge, for models that read a prompt (others ignore it); null means the default."
     )
     instruction: str | None = Field(None, description="Another name of instruct.")
     chat_template_kwargs: dict[str, Any] | None = Field(
         None,
-        description="Its instruction is another name of instruct. Templates cannot be set by requests.",
+        description="Its instruction is another name of instruct; requests cannot set templates.",
         json_schema_extra={
             "properties": {
                 **{name: {"type": ["string", "null"]} for name in ("instruction", "instruct")},
@@ -100,24 +100,27 @@ class Options(BaseModel):
         },
     )
     raw_scores: bool | None = Field(
-        None, description="True: answer logits; false: their sigmoid. Null: as the dialect's own server does."
+        None, description="True means logits, false their sigmoid, and null the scale of the dialect's own server."
     )
     use_activation: bool | None = Field(None, description="The opposite of raw_scores.")
     rank_fields: list[str] | None = Field(
         None,
-        description="Which fields of documents that are objects are read, in this order; each such document needs one "
-        "of them, and then no text. Null: text.",
+        description="The fields to read, in this order, of documents that are objects; each of these needs one of the "
+        "fields, and then no text; null means text.",
     )
     mm_processor_kwargs: dict[str, Any] | None = Field(
         None,
-        description="Refused unless empty: how images are read is the server's.",
+        description="Refused unless empty, because the server sets how images are read.",
         json_schema_extra={"maxProperties": 0},
     )
 
 
 @dataclass(frozen=True)
 class Wording:
-    """The texts in which a dialect's own server refuses requests. None: not refused, or in this server's words."""
+    """The texts with which a dialect's own server refuses requests.
+
+    None means that the request is not refused for this reason, or that this server's own text is used.
+    """
 
     query_missing: str | None = None
     query_empty: str = "Query cannot be empty"
@@ -135,9 +138,16 @@ class Wording:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the server takes. max_length: most tokens of a pair. min_length: the fewest that one can be cut to. sees:
-    images and videos. truncate: whether pairs that are too long are cut, where a request does not say. long_document:
-    what is done with documents that do not fit, where it does not say that."""
+    """The limits and defaults of the server.
+
+    Args:
+        max_documents: Most documents in one request.
+        max_length: Most tokens of a pair.
+        min_length: The smallest length in tokens that a pair can be cut to.
+        sees: Whether the model sees images and videos.
+        truncate: Whether pairs that are too long are cut, if a request does not say.
+        long_document: How documents that do not fit are handled, if a request does not say.
+    """
 
     max_documents: int
     max_length: int
@@ -149,12 +159,22 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Rerank:
-    """A request that is in order, in whatever dialect it came.
+    """A valid request, in any dialect.
 
-    sent: the documents as they came. top_n: None for all. cut: what is left out of the texts. long_document: one of
-    windows.LONG_DOCUMENT. instruct: None for the server's default. raw: whether logits are asked for, None for the
-    dialect's scale. asked, field, at: what the request calls the query, the documents, and each document's place among
-    them; none for the order in which they are.
+    Args:
+        query: The query.
+        documents: The documents.
+        sent: The documents as they were sent.
+        top_n: How many results to answer. None for all.
+        return_documents: Whether results carry their documents.
+        truncate: Whether pairs that are too long are cut.
+        cut: The parts of the texts that are left out.
+        long_document: One of windows.LONG_DOCUMENT.
+        instruct: What to judge. None for the server's default.
+        raw: Whether the answer has logits. None for the dialect's scale.
+        asked: The request's name for the query.
+        field: The request's name for the documents.
+        at: Each document's index in that field. If it is empty, the documents are in the field's order.
     """
 
     query: Side
@@ -172,11 +192,11 @@ class Rerank:
     at: Sequence[int] = ()
 
     def place(self, index: int) -> str:
-        """What the request calls a document."""
+        """Return the request's name for a document, such as documents[2]."""
         return f"{self.field}[{self.at[index] if self.at else index}]"
 
     def media(self) -> list[tuple[str, MediaPart]]:
-        """The images and videos of query and documents, each with its place, in their order."""
+        """Return the images and videos of query and documents in their order, each with its place."""
         named = media_of(self.query, self.asked)
         for index, side in enumerate(self.documents):
             if not isinstance(side, str):
@@ -184,7 +204,11 @@ class Rerank:
         return named
 
     def with_media(self, seen: Sequence[Patches]) -> tuple[Any, list[Any]]:
-        """Query and documents with these patches in the places of `media()`."""
+        """Return query and documents with patches in place of images and videos.
+
+        Args:
+            seen: The patches, in the order of `media()`.
+        """
         left = iter(seen)
 
         def fill(side: Side) -> Any:
@@ -195,12 +219,19 @@ class Rerank:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What an answer is made of. id, created: of the request; created in seconds since 1970.
+    """The values that an answer is made of.
 
-    scores: of every document in the order of the request. logits: whether they are, else probabilities. order: the
-    documents best first, ties in the order of the request, at most top_n. tokens, dropped: of every document, those
-    scored, in all its windows, and those left out. windows: the characters of each that its score is of, None for one
-    with images or videos; None where documents were not to be split.
+    Args:
+        model: The name of the model.
+        id: The id of the request.
+        created: When the request was scored, in seconds since 1970.
+        logits: Whether the scores are logits. Otherwise they are probabilities.
+        scores: One for each document, in the order of the request.
+        order: Indices of the documents, best first, at most top_n. Equal scores keep the order of the request.
+        tokens: For each document, the number of scored tokens in all its windows.
+        dropped: For each document, the number of tokens that were left out.
+        windows: For each document, the characters that its score is for. None for a document with images or videos. The
+            whole field is None if documents were not to be split.
     """
 
     model: str
@@ -214,12 +245,17 @@ class Scored:
     windows: list[tuple[int, int] | None] | None = None
 
     def window(self, index: int) -> dict[str, tuple[int, int] | None]:
-        """What a document's result says besides: nothing, or its window."""
+        """Return the window field of a document's result, or nothing."""
         return {} if self.windows is None else {"window": self.windows[index]}
 
 
 def to_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises Malformed."""
+    """Return the JSON object in a body.
+
+    Raises:
+        Malformed: The body is not a JSON object.
+        TooLarge: The JSON has too many values.
+    """
     raw = load_json(body)
     if not isinstance(raw, dict):
         raise Malformed(f"The body must be a JSON object with the fields query and documents; got {kind(raw)}.")
@@ -229,10 +265,18 @@ def to_object(body: bytes) -> dict[str, Any]:
 def read_rerank(
     raw: dict[str, Any], model: type[Options], wording: Wording, *, returns_documents: bool, terms: Terms
 ) -> Rerank:
-    """The request in a JSON object. Raises BadRequest or TooManyDocuments.
+    """Return the request in a JSON object.
 
-    model: the dialect's own, with the fields query, and documents or texts; the documents may have either name.
-    returns_documents: whether the dialect answers documents where a request does not say.
+    Args:
+        raw: The JSON object.
+        model: The dialect's model, with the field query, and with documents or texts. The request may use either name.
+        wording: The dialect's texts of refusals.
+        returns_documents: Whether results carry their documents, if the request does not say.
+        terms: The server's limits.
+
+    Raises:
+        BadRequest: The request is not valid.
+        TooManyDocuments: It has more documents than the server takes.
     """
     own = "texts" if "texts" in model.model_fields else "documents"
     other = "documents" if own == "texts" else "texts"
@@ -254,13 +298,21 @@ def read_rerank(
 
 
 def check_count(count: int, wording: Wording, terms: Terms) -> None:
-    """Raise TooManyDocuments for more than the server takes."""
+    """Check the number of documents.
+
+    Raises:
+        TooManyDocuments: There are more than the server takes.
+    """
     if count > terms.max_documents:
         raise TooManyDocuments(wording.too_many.format(count=count, most=terms.max_documents))
 
 
 def read_query(content: Content, place: str, wording: Wording, terms: Terms) -> Side:
-    """The query. Raises BadRequest for one without anything in it."""
+    """Return the query.
+
+    Raises:
+        BadRequest: The query is empty or blank, or its content is not valid.
+    """
     query = read(content, place, terms.sees)
     if not query:
         raise BadRequest(wording.query_empty)
@@ -270,7 +322,12 @@ def read_query(content: Content, place: str, wording: Wording, terms: Terms) -> 
 
 
 def read_documents(contents: Sequence[Content], field: str, wording: Wording, terms: Terms) -> list[Side]:
-    """The documents. Raises BadRequest for none; for empty ones only where the dialect's own server does."""
+    """Return the documents.
+
+    Raises:
+        BadRequest: There are no documents, or a content is not valid. Empty and blank documents are refused only if the
+            dialect's own server refuses them.
+    """
     if not contents:
         raise NoDocuments(wording.documents_empty)
     sides = [read(content, f"{field}[{index}]", terms.sees) for index, content in enumerate(contents)]
@@ -291,7 +348,20 @@ def to_rerank(
     terms: Terms,
     **names: Any,
 ) -> Rerank:
-    """What the options ask for. Raises BadRequest for what no server may be asked for."""
+    """Return the request with its options applied.
+
+    Args:
+        request: The options.
+        query: The query.
+        documents: The documents.
+        sent: The documents as they were sent.
+        returns_documents: Whether results carry their documents, if the request does not say.
+        terms: The server's limits.
+        **names: The fields asked, field and at of Rerank.
+
+    Raises:
+        BadRequest: An option has a value that this server cannot accept.
+    """
     most = request.truncate_prompt_tokens
     if most is not None and most > terms.max_length:
         raise BadRequest(
@@ -333,12 +403,17 @@ def to_rerank(
 
 
 def _below(most: int | None, max_length: int) -> int | None:
-    """A limit that limits something, else None."""
+    """Return the limit if it has an effect, else None."""
     return most if most and most < max_length else None
 
 
 def _instruction(kwargs: dict[str, Any]) -> str | None:
-    """The instruct among the values for a template."""
+    """Return the instruct in chat_template_kwargs.
+
+    Raises:
+        BadRequest: A key is reserved.
+        Invalid: The instruct is not a string.
+    """
     for reserved in _RESERVED:
         if kwargs.get(reserved) is not None:
             raise BadRequest(f"chat_template_kwargs must not hold {reserved}: templates are set where a server starts.")
@@ -354,7 +429,11 @@ _PARTS = set(HOLDS) - {"text"}
 
 
 def ranked_fields(documents: Any, fields: Any, field: str) -> Any:
-    """Documents that are objects as the text of their `fields`, joined by newlines. Raises BadRequest."""
+    """Return the documents, where each object is replaced by the text of its `fields`, joined by newlines.
+
+    Raises:
+        BadRequest: A document has none of the fields, or arrays or objects in them.
+    """
     if not (isinstance(fields, list) and fields and isinstance(documents, list)):
         return documents
     names = [name for name in fields if isinstance(name, str)]
@@ -373,11 +452,21 @@ def ranked_fields(documents: Any, fields: Any, field: str) -> Any:
 
 
 def validate(model: type[Options], raw: dict[str, Any], sees: bool, names: dict[str, str] | None = None) -> Options:
-    """The model of a JSON object, null standing for defaults. Raises Invalid. names: fields as the request has them."""
+    """Return the model of a JSON object, in which null stands for the default.
+
+    Args:
+        model: The dialect's model.
+        raw: The JSON object.
+        sees: Whether the model sees images and videos.
+        names: For fields that the request calls otherwise, the request's names.
+
+    Raises:
+        Invalid: A field is missing, or has a value of another type.
+    """
     try:
         return model.model_validate({name: value for name, value in raw.items() if value is not None})
     except ValidationError as error:
-        # Validation errors quote the input: nothing of them but the place is passed on.
+        # Validation errors quote the input, so only the place is passed on.
         place = error.errors(include_url=False)[0]["loc"]
     field = str(place[0]) if place else ""
     shown = (names or {}).get(field, field)
@@ -416,7 +505,7 @@ _ALLOWED = {
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, without quoting it, but for small numbers."""
+    """Return the words for a JSON value, which do not quote it unless it is a small number or a truth value."""
     match value:
         case None:
             return "null"

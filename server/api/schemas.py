@@ -1,6 +1,6 @@
-"""The JSON schemas of queries and documents: what content.py reads, and request.py makes lists of.
+"""The JSON schemas of queries and documents, which content.py reads and request.py puts into lists.
 
-Written by hand, since they say more than types can: what a model sees, what may be empty, what parts may be within.
+They are written by hand, because types cannot say all of it: what a model sees, what may be empty, what parts may hold.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from typing import Any
 Schema = dict[str, Any]
 
 _SOME_TEXT: Schema = {"properties": {"text": {"pattern": r"\S"}}}
-"""Of a part that is not blank; one without a text is an image or video."""
+"""A part that is not blank. A part without a text is an image or video."""
 
 
 def content_schemas(sees: bool, most: int) -> dict[str, Schema]:
-    """JSON schemas by name, for a model that sees, or not, and requests of at most so many documents."""
+    """Return JSON schemas by name.
+
+    Args:
+        sees: Whether the model sees images and videos.
+        most: Most documents in one request.
+    """
     part = _media_parts() if sees else {"Part": _text_part("A piece of a query or document.")}
     parts: Schema = {
         "type": "object",
-        "description": "Several parts as one.",
+        "description": "Several parts that form one content.",
         "required": ["content"],
         "properties": {"content": {"type": "array", "items": _ref("Part")}, "text": {"type": "null"}},
     }
@@ -31,18 +36,24 @@ def content_schemas(sees: bool, most: int) -> dict[str, Schema]:
     content: list[Schema] = [{"type": "string"}, _ref("Part"), _ref("Parts"), {"type": "array", "items": _ref("Part")}]
     return part | {
         "Parts": parts,
-        "Content": {"description": "A text, a part, or parts, whose texts are joined as they stand.", "anyOf": content},
-        "FilledContent": {"description": "The same, not empty and not only white space.", "anyOf": filled},
+        "Content": {"description": "A text, a part, or parts, whose texts are joined unchanged.", "anyOf": content},
+        "FilledContent": {"description": "The same, but neither empty nor only white space.", "anyOf": filled},
         "Documents": _documents("Content", content[:3], most),
         "FilledDocuments": _documents("FilledContent", filled[:3], most),
     }
 
 
 def _documents(each: str, lone: list[Schema], most: int) -> Schema:
-    """lone: the forms in which one document alone may stand for a list of one."""
+    """Return the schema of a list of documents.
+
+    Args:
+        each: The name of one document's schema.
+        lone: The forms in which one document may stand for a list of one.
+        most: Most documents.
+    """
     several = {"type": "array", "items": _ref(each), "minItems": 1, "maxItems": most}
     return {
-        "description": "At least one document, each one content; or a lone one, no list.",
+        "description": "At least one document, each of which is one content; or a single document without a list.",
         "anyOf": [several, *lone],
     }
 
@@ -76,12 +87,18 @@ def _media_parts() -> dict[str, Schema]:
 
 
 def _within(address: Schema) -> Schema:
-    """An address alone, or in an object."""
+    """Return the schema of an address, either alone or in an object."""
     return {"anyOf": [address, {"type": "object", "required": ["url"], "properties": {"url": address}}]}
 
 
 def _media_part(what: str, name: str, source: Schema) -> Schema:
-    """name: of the field; with _url it has another one."""
+    """Return the schema of a part with an image or video.
+
+    Args:
+        what: The words for it in the description.
+        name: The name of the field. The name with _url is accepted too.
+        source: The schema of the field.
+    """
     properties = {"type": {"enum": [f"{name}_url", name, None]}, "text": {"type": "null"}}
     either = [
         {"required": [field], "properties": properties | {field: source, other: {"type": "null"}}}

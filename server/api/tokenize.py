@@ -1,5 +1,7 @@
-"""POST /tokenize: the tokens of texts, as SGLang, vLLM, TEI and llama.cpp are asked for them, or those of the pairs of
-a rerank request, as they are scored."""
+"""POST /tokenize: the tokens of texts, or the tokens of a rerank request's pairs as they are scored.
+
+Texts may be sent in the forms of SGLang, vLLM, TEI and llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from jaxrank.text.tokenizer import Token
 from jaxrank.types import Encoded
 
 TEXTS = {"prompt": "SGLang and vLLM", "inputs": "TEI", "content": "llama.cpp"}
-"""The fields that hold a text, and who calls it so."""
+"""The fields that hold a text, and the servers that call it so."""
 
 
 _NAMED: list[JsonValue] = [{"required": [name], "properties": {name: {"type": ["array", "string"]}}} for name in TEXTS]
 
 
 class TokenizeRequest(BaseModel):
-    """One text, or several, under one of three names. It is tokenised by itself, without what frames it in a pair."""
+    """One text, or several, under one of three names, tokenised without the frame that it has in a pair."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": _NAMED})
 
@@ -36,9 +38,9 @@ class PairTokens(BaseModel):
 
     model: str
     max_model_len: int
-    count: int = Field(description="Tokens of all pairs, as usage counts them.")
-    tokens: list[list[int]] = Field(description="The ids of each pair, with all that frames it.")
-    prompts: list[str] | None = Field(None, description="Each pair as the model sees it; with render=true.")
+    count: int = Field(description="Number of tokens of all pairs, as in usage.")
+    tokens: list[list[int]] = Field(description="The token ids of each pair, including the frame around its texts.")
+    prompts: list[str] | None = Field(None, description="Each pair as the model sees it, if render=true.")
 
 
 class PromptTokens(BaseModel):
@@ -50,7 +52,7 @@ class PromptTokens(BaseModel):
 
 
 class TeiToken(BaseModel):
-    """A token, and the characters that it stands for."""
+    """A token and the place of its characters in the text."""
 
     id: int
     text: str
@@ -60,13 +62,13 @@ class TeiToken(BaseModel):
 
 
 class ContentTokens(BaseModel):
-    """The tokens of a content."""
+    """The tokens of the field content."""
 
     tokens: list[int]
 
 
 class Tokenizer(Protocol):
-    """What is needed of a jaxrank.Reranker."""
+    """The part of jaxrank.Reranker that is used here."""
 
     @property
     def max_length(self) -> int: ...
@@ -75,12 +77,20 @@ class Tokenizer(Protocol):
 
 
 def is_text(raw: dict[str, Any]) -> bool:
-    """Whether texts are to be tokenised, not the pairs of a rerank request."""
+    """Return whether the request is to tokenise texts, not the pairs of a rerank request."""
     return raw.get("query") is None and any(raw.get(name) is not None for name in TEXTS)
 
 
 def flag(value: str | None, name: str) -> bool:
-    """A truth value in a query string. Raises BadRequest."""
+    """Return a truth value of a query string.
+
+    Args:
+        value: The text. None, "0" and "false" are false; "", "1" and "true" are true.
+        name: The name of the value, for messages.
+
+    Raises:
+        BadRequest: It is another text.
+    """
     if value not in (None, "", "0", "1", "false", "true"):
         raise BadRequest(f"{name} must be true or false.")
     return value in ("", "1", "true")
@@ -89,7 +99,19 @@ def flag(value: str | None, name: str) -> bool:
 def answer(
     raw: dict[str, Any], tokenizer: Tokenizer, encoded: Sequence[Sequence[Encoded]], render: bool, model: str
 ) -> Any:
-    """What is answered to a request, whose pairs are `encoded` if it has any. Raises BadRequest."""
+    """Return the answer to a request.
+
+    Args:
+        raw: The request.
+        tokenizer: Tokenises texts and renders pairs.
+        encoded: The pairs of a rerank request. Empty for a request with texts.
+        render: Whether to show each pair as the model sees it.
+        model: The name of the model.
+
+    Raises:
+        BadRequest: A text cannot be tokenised.
+        Invalid: The field with the texts has another type.
+    """
     if encoded:
         pairs = encoded[0]
         prompts = {"prompts": [tokenizer.render(pair) for pair in pairs]} if render else {}

@@ -1,4 +1,4 @@
-"""Jina: /v1/rerank. Documents come back unless told otherwise; its clients look for `detail` in errors."""
+"""Jina: /v1/rerank. Results carry their documents by default. Its clients look for `detail` in errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
 
 
 class JinaRequest(Options):
-    """A query and the documents to rank for it: texts, {"text": ...} or {"image": address} objects."""
+    """A query and the documents to rank for it, which are texts, {"text": ...} or {"image": address} objects."""
 
     query: FilledContent
     documents: Documents

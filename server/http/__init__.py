@@ -1,1 +1,1 @@
-"""Connections, limits and access: what every request passes, whatever it asks."""
+"""Connections, limits and access: the checks for every request, on any route."""

@@ -1,8 +1,9 @@
-"""Who may ask: API keys, the routes that want none, and the web pages from which a browser may ask.
+"""Who may send requests: API keys, the routes without keys, and the web pages whose browsers may ask.
 
-Every route wants a key unless its function is marked with `open_to_all`. The dependency of the whole application does
-that for FastAPI's routes; answers of anything else that was added to it (mounts, Starlette's routes) are held back by
-`Guard`. Nothing here looks at a URL: a request's URL is put together from what the client wrote.
+Every route needs a key unless its function is marked with `open_to_all`. For FastAPI's routes, a dependency of the
+whole application checks the key. Other parts that were added to the application (mounts, Starlette's routes) have no
+such dependency, so `Guard` holds back their answers. Nothing here looks at a URL, because a request's URL is built from
+the client's input.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 def open_to_all(endpoint: Endpoint) -> Endpoint:
-    """Mark a route's function: it is answered without a key. Put it between the route's decorator and the function."""
+    """Mark a route's function, so that it needs no key. Put it between the route's decorator and the function."""
     endpoint.__dict__["open_to_all"] = True
     return endpoint
 
 
 class Access:
-    """The keys of a server, and the dependency that asks for one. Without keys everybody may ask everything.
+    """The keys of a server, and the dependency that checks for one. Without keys, every client may use every route.
 
-    Raises RequestError for a key that is empty.
+    Args:
+        keys: The API keys.
+
+    Raises:
+        RequestError: A key is empty.
     """
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
@@ -50,15 +55,22 @@ class Access:
         self._keys = [key.strip().encode() for key in keys]
 
     async def __call__(self, request: Request) -> None:
-        """Let the request pass, or raise Unauthorized."""
+        """Let the request pass, or refuse it.
+
+        Raises:
+            Unauthorized: The route needs a key, and the request does not carry a valid one.
+        """
         if not getattr(request.scope.get("endpoint"), "open_to_all", False):
             self.check(request)
         request.state.admitted = True
 
     def check(self, request: Request) -> None:
-        """Raise Unauthorized unless the request carries exactly one of the keys, exactly once.
+        """Check that the request carries exactly one of the keys, exactly once.
 
-        Every key is compared, in constant time, so that the time tells neither which nor how much of one matched.
+        Every key is compared, in constant time. So the time does not show which key matched, or how much of it.
+
+        Raises:
+            Unauthorized: The request does not.
         """
         if not self.guarded:
             return
@@ -70,7 +82,12 @@ class Access:
 
 
 class Guard:
-    """Holds back answers to which `access` was not asked: of mounts and routes that have no dependencies."""
+    """Holds back answers that `access` has not checked: those of mounts, and of routes without dependencies.
+
+    Args:
+        app: The application inside this middleware.
+        access: The keys of the server.
+    """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app = app
@@ -102,10 +119,18 @@ def _admitted(scope: Scope) -> bool:
 
 
 def cross_origin(origins: Sequence[str]) -> list[Middleware]:
-    """What lets pages of these origins ask, from a browser; nothing for none. Raises RequestError.
+    """Return the middleware that lets browsers on pages of these origins send requests.
 
-    origins: "https://host" or with a port, exactly; "*" for all. Browsers are never told to send cookies or passwords
-    of their own, so that a page has the key only if its user gave it.
+    Browsers are never allowed to send cookies or their own passwords. So a page has the key only if its user gave it.
+
+    Args:
+        origins: "https://host", or "https://host:port", exactly. "*" stands for all origins.
+
+    Returns:
+        The middleware. An empty list if there are no origins.
+
+    Raises:
+        RequestError: An entry is not an origin.
     """
     for origin in origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
@@ -130,9 +155,16 @@ _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
 
 
 def read_keys(file: Path) -> list[str]:
-    """The keys in a file, one a line; empty lines and lines that begin with # are skipped. Raises RequestError.
+    """Return the keys in a file with one key a line.
 
-    A file that others can write is refused, since they could add a key; one that others can read is complained about.
+    Empty lines and lines that begin with # are skipped. A file that everyone can write is refused, since they could add
+    a key. A file that everyone can read causes a warning.
+
+    Args:
+        file: The file, in UTF-8.
+
+    Raises:
+        RequestError: The file cannot be read, can be written by everyone, or has no key.
     """
     try:
         mode = file.stat().st_mode
@@ -153,9 +185,13 @@ def read_keys(file: Path) -> list[str]:
 
 
 def hide_from_process_list(secrets: Iterable[str]) -> None:
-    """Overwrite these words in this process's command line, as `ps` shows it. Does nothing but on Linux.
+    """Overwrite these words in this process's command line, as `ps` shows it.
 
-    Source: proc(5), fields arg_start and arg_end of /proc/self/stat.
+    This works on Linux only; elsewhere nothing happens. Source: proc(5), fields arg_start and arg_end of
+    /proc/self/stat.
+
+    Args:
+        secrets: The words, such as API keys.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""uvicorn with bounds: connections are counted, heads must arrive in time, and the end takes no longer than it may."""
+"""uvicorn with limits: for the number of connections, for the time of headers, and for the time of a shutdown."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 FILES_BESIDE = 256
-"""Open files of the process that are no connections."""
+"""Open files of the process that are not connections."""
 
 LAST_WORDS_S = 2.0
-"""For answers to reach their clients when the grace of a shutdown is over."""
+"""Seconds for answers to reach their clients after the grace of a shutdown."""
 
 
 class Config(uvicorn.Config):
-    """max_connections: at once. head_timeout_s: from a connection's opening, or a request's first byte, to the end of
-    the headers. write_timeout_s: for a client to take what is sent. shutdown_grace_s: to finish what was accepted."""
+    """The settings of the server.
+
+    Args:
+        app: The application.
+        max_connections: Most connections at the same time.
+        max_header_bytes: Most bytes in the headers of one request.
+        head_timeout_s: Seconds until the headers are complete. They count from the connection's opening, or from a
+            request's first byte.
+        write_timeout_s: Seconds for a client to receive the data that is sent.
+        shutdown_grace_s: Seconds to finish the accepted requests.
+        **settings: More arguments of uvicorn.Config.
+    """
 
     def __init__(
         self,
@@ -42,7 +52,7 @@ class Config(uvicorn.Config):
             h11_max_incomplete_event_size=max_header_bytes,
             log_config=None,
             log_level="warning",
-            access_log=False,  # the application writes its own, without user text
+            access_log=False,  # the application writes its own log, without user text
             server_header=False,
             proxy_headers=False,
             ws="none",
@@ -62,6 +72,7 @@ class Connection(H11Protocol):
     config: Config
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Refuse a connection above the limit, or start its timers."""
         super().connection_made(transport)
         self._head_timer: asyncio.TimerHandle | None = None
         if len(self.connections) > self.config.max_connections:
@@ -74,6 +85,7 @@ class Connection(H11Protocol):
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
+        """Handle data, and stop the timer when the headers are complete."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._expect_head()
@@ -81,11 +93,12 @@ class Connection(H11Protocol):
             self._forget_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer of a closed connection."""
         self._forget_timer()
         super().connection_lost(exc)
 
     def _expect_head(self) -> None:
-        """Start to count, unless it is counted already or the connection is between two requests."""
+        """Start the timer, unless it runs already or the connection is between two requests."""
         if self._head_timer is None and self.timeout_keep_alive_task is None:
             self._head_timer = self.loop.call_later(self.config.head_timeout_s, self._head_is_late)
 
@@ -99,7 +112,7 @@ class Connection(H11Protocol):
             self._refuse(408, "The request's headers did not arrive in time.", "SlowHead")
 
     def _refuse(self, status: int, message: str, reason: str) -> None:
-        """Say so and close. There is no request yet, so that the application cannot answer."""
+        """Send the refusal and close. There is no request yet, so the application cannot answer."""
         self.config.service.metrics.refusal(reason)
         body = message.encode()
         head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
@@ -108,12 +121,12 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Stops as docs/operations.md says: finishes what was accepted, within the grace, and answers the rest 503."""
+    """Stops as docs/operations.md describes: finishes accepted requests within the grace, and answers the rest 503."""
 
     config: Config
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening, let the gate empty, close what is left."""
+        """Stop listening, wait until the gate is empty, and close the connections that are left."""
         ending = asyncio.create_task(self._end_connections())
         try:
             await super().shutdown(sockets)
@@ -127,7 +140,7 @@ class Server(uvicorn.Server):
             cast(Connection, connection).transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal ends the process in peace, a second Ctrl-C at once."""
+        """End the process cleanly at the first signal, and at once at a second Ctrl-C."""
         if self.should_exit and sig == signal.SIGINT:
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
@@ -135,7 +148,11 @@ class Server(uvicorn.Server):
 
 
 def allow_open_files(connections: int) -> None:
-    """Raise the process's own limit of open files to what so many connections need, as far as the system allows."""
+    """Raise the process's limit of open files to what the connections need, as far as the system allows.
+
+    Args:
+        connections: Most connections at the same time.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + FILES_BESIDE
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,7 +1,7 @@
-"""What every scoring request passes: room for its body, a place in the queue, its deadline, its client's presence.
+"""The gate of every scoring request: it reads the body, holds a queue place, and watches the deadline and the client.
 
-Memory is bounded here: of all requests together by the bytes of their bodies, which are counted while they arrive, and
-by the queue's requests and tokens.
+The gate bounds the memory of all requests together. It counts the bytes of their bodies while they arrive, and the
+queue limits its requests and tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from jaxrank.server.http.transport import read_body
 from jaxrank.server.scheduler import Scheduler
 
 SMALL_BYTES = 65_536
-"""Bodies up to this size are read even where they are to be refused: they tell in which dialect."""
+"""Bodies up to this size are read even if they will be refused, because they show the dialect."""
 
 
 @dataclass(frozen=True)
 class GateLimits:
-    """max_body_bytes: of one request. max_queue_bytes: of all that are under way. body_timeout_s: for a body to arrive.
-    request_timeout_s: from there to the answer; a request may ask for less."""
+    """The limits of a gate.
+
+    Args:
+        max_body_bytes: Most bytes in the body of one request.
+        max_queue_bytes: Most bytes in the bodies of all requests that are under way.
+        body_timeout_s: Seconds for a body to arrive.
+        request_timeout_s: Seconds from there to the answer. A request may ask for less.
+    """
 
     max_body_bytes: int
     max_queue_bytes: int
@@ -35,20 +41,36 @@ class GateLimits:
 
 
 class Gate:
-    """Lets requests in, and out again when their time is up. For one event loop."""
+    """Admits requests, and ends them when their time is up. For one event loop.
+
+    Args:
+        scheduler: It scores the requests, and its queue admits them.
+        limits: The limits of the gate.
+    """
 
     def __init__(self, scheduler: Scheduler, limits: GateLimits) -> None:
         self.scheduler = scheduler
         self.limits = limits
-        self.bytes = 0  # of the bodies of requests that are under way
+        self.bytes = 0  # in the bodies of requests that are under way
         self._leashes: set[Leash] = set()
 
     @contextlib.asynccontextmanager
     async def enter(self, request: Request) -> AsyncIterator[bytes]:
-        """Read the request's body and hold its place; the block is for making the answer.
+        """Read the request's body and hold its place in the queue. The block makes the answer.
 
-        Raises Refusal when the request cannot be taken, and, out of the block too, Expired when its time is up, Closing
-        when the server's is, ClientGone when its client has left. The place is free again as soon as that happens.
+        The place is free again as soon as the block ends, also by an error.
+
+        Args:
+            request: The request.
+
+        Returns:
+            A context manager, which yields the body.
+
+        Raises:
+            Refusal: The request cannot be accepted.
+            Expired: Its time is up. This can be raised in the block too.
+            Closing: The server's time is up. This can be raised in the block too.
+            ClientGone: Its client has left. This can be raised in the block too.
         """
         timeout_s = self._timeout_s(request)
         size = request.headers.get("content-length", "")
@@ -68,7 +90,7 @@ class Gate:
                 self._leashes.add(leash)
                 try:
                     body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s, take)
-                    request.state.body = body  # tells in which dialect to refuse
+                    request.state.body = body  # shows the dialect for a refusal
                     leash.cut_after(timeout_s, Expired(timeout_s))
                     leash.cut_when_gone(request.receive)
                     self._refuse_early()
@@ -80,14 +102,22 @@ class Gate:
             self.bytes -= held
 
     def _refuse_early(self) -> None:
-        """Raise Refusal for what would be refused anyway, before a body is read and after."""
+        """Refuse a request that would be refused anyway. Called before its body is read, and after.
+
+        Raises:
+            Refusal: The model is not ready, or the queue has no room.
+        """
         scheduler = self.scheduler
         if not scheduler.ready and not scheduler.failed and not scheduler.stopping:
             raise NotReady
         scheduler.check_room()
 
     def _timeout_s(self, request: Request) -> float:
-        """The server's timeout, or the shorter one of the header X-Request-Timeout. Raises Malformed."""
+        """Return the server's timeout, or the shorter one of the header X-Request-Timeout.
+
+        Raises:
+            Malformed: The header is not a number of seconds above 0.
+        """
         given = request.headers.get("x-request-timeout")
         if given is None:
             return self.limits.request_timeout_s
@@ -100,7 +130,11 @@ class Gate:
         return min(seconds, self.limits.request_timeout_s)
 
     async def empty(self, grace_s: float) -> None:
-        """Take nothing new, and wait until all that was taken is answered; after `grace_s` the rest is answered 503."""
+        """Accept no new requests, and wait until all accepted ones are answered.
+
+        Args:
+            grace_s: Seconds to wait. The requests that are left after that are answered 503.
+        """
         self.scheduler.refuse_new()
         end = asyncio.get_running_loop().time() + grace_s
         while self._leashes and asyncio.get_running_loop().time() < end:

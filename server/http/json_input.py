@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: measured before it is parsed, because small bodies can hold millions of values."""
+"""JSON from unknown senders. It is measured before it is parsed, because small bodies can hold millions of values."""
 
 from __future__ import annotations
 
@@ -9,16 +9,26 @@ from jaxrank.server.errors import Malformed, TooLarge
 
 MAX_DEPTH = 32
 MAX_VALUES = 150_000
-"""JSON of one thousand documents has a few thousand values. Parsing keeps Python's lock, so that the event loop stands
-still meanwhile: 8 MB of nested arrays take four seconds, 150,000 values at most 40 ms."""
+"""The JSON of one thousand documents has a few thousand values.
+
+Parsing keeps Python's lock, so the event loop stands still meanwhile. 8 MB of nested arrays take four seconds; 150,000
+values take at most 40 ms.
+"""
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def load_json(body: bytes, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> Any:
-    """The value in a body of JSON. Raises Malformed or TooLarge.
+    """Return the value in a body of JSON.
 
-    max_depth: arrays and objects within each other. max_values: of all arrays and objects together.
+    Args:
+        body: The body, in UTF-8.
+        max_depth: Most levels of nested arrays and objects.
+        max_values: Most values of all arrays and objects together.
+
+    Raises:
+        Malformed: The body is not JSON in UTF-8, or is nested too deeply.
+        TooLarge: The body has too many values.
     """
     _check_shape(body, max_depth, max_values)
     try:
@@ -27,16 +37,21 @@ def load_json(body: bytes, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_
         raise Malformed(f"The body is not UTF-8: byte {error.start} is invalid. Send JSON in UTF-8.") from None
     except json.JSONDecodeError as error:
         raise Malformed(f"The body is not JSON: {error.msg}, line {error.lineno} column {error.colno}.") from None
-    except ValueError:  # whole numbers of thousands of digits
+    except ValueError:  # an integer has thousands of digits
         raise Malformed("The body's JSON holds a number that is too long.") from None
 
 
 def _check_shape(body: bytes, max_depth: int, max_values: int) -> None:
-    """Raise for too much of either. What is no JSON may pass; the parser will refuse it."""
+    """Check the depth and the number of values. A body that is not JSON may pass; the parser refuses it.
+
+    Raises:
+        Malformed: The body is nested too deeply.
+        TooLarge: The body has too many values.
+    """
     many = TooLarge(f"The body's JSON has more than {max_values:,} values. Send less in one request.")
-    # without escaped quotes, every second piece between quotes is outside of strings
+    # without escaped quotes, every second piece between quotes is outside of a string
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
-    if plain.count(b'"') > 4 * max_values:  # a key and a string, two quotes each
+    if plain.count(b'"') > 4 * max_values:  # a key and a string have two quotes each
         raise many
     outside = b"".join(plain.split(b'"')[::2])
     if outside.count(b",") + outside.count(b"[") + outside.count(b"{") > max_values:

@@ -1,4 +1,4 @@
-"""What may end a request before its answer: the client leaves, its time is up, the server's time is up."""
+"""What may end a request before its answer: its client leaves, its time is up, or the server's time is up."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jaxrank.server.errors import ClientGone
 
 
 class Leash:
-    """A block of one task that others can end, by raising an error of their choice in it; `with Leash() as leash:`.
+    """A block of one task that others can end, by raising an error of their choice in it: `with Leash() as leash:`.
 
-    All of it is for the event loop's thread.
+    Call its methods on the event loop's thread only.
     """
 
     def __init__(self) -> None:
@@ -28,17 +28,17 @@ class Leash:
         return self
 
     def cut(self, reason: Exception) -> None:
-        """End the block: `reason` is raised from it. The first reason counts. Not for the block's own task."""
+        """End the block, which then raises `reason`. The first reason counts. The block's own task must not call it."""
         if self._reason is None:
             self._reason = reason
             self._task.cancel()
 
     def cut_after(self, seconds: float, reason: Exception) -> None:
-        """The same in that many seconds, if the block is not over then."""
+        """End the block with `reason` after that many seconds, if it is not over by then."""
         self._timer = asyncio.get_running_loop().call_later(seconds, self.cut, reason)
 
     def cut_when_gone(self, receive: Receive) -> None:
-        """The same, with ClientGone, when the client closes the connection. Its body must have been read."""
+        """End the block with ClientGone when the client closes the connection. The body must have been read before."""
         self._watch = asyncio.create_task(_gone(receive))
         self._watch.add_done_callback(lambda watch: None if watch.cancelled() else self.cut(ClientGone()))
 
@@ -49,7 +49,7 @@ class Leash:
             self._timer.cancel()
         if self._watch is not None:
             self._watch.cancel()
-        # as asyncio.timeout does: a cancellation that is none of ours goes on
+        # as asyncio.timeout does: a cancellation by others goes on
         if self._reason is not None and not self._task.uncancel():
             raise self._reason from None
 

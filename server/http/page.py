@@ -1,4 +1,4 @@
-"""The page at /: one HTML file, sent with a policy that lets a browser run its own script and ask its own server."""
+"""The page at /: one HTML file. Its policy lets a browser run the page's own script and call the page's own server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HTML = Path(__file__).with_name("page.html").read_text("utf-8")
 
 
 def _hashes(tag: str) -> str:
-    """The sources of Content-Security-Policy (https://www.w3.org/TR/CSP3/) for the file's own `tag` elements."""
+    """Return the sources of Content-Security-Policy (https://www.w3.org/TR/CSP3/) for the file's own `tag` elements."""
     contents = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", _HTML, re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(c.encode()).digest()).decode()}'" for c in contents)
 
@@ -34,9 +34,10 @@ HEADERS = {
 
 
 def routes() -> APIRouter:
-    """GET /. It needs no key: it is the same for everybody, and what it asks for needs one.
+    """Return the route GET /.
 
-    Under a dialect's prefix there is none, since what it asks there would be answered in another form than it reads.
+    It needs no key. The page is the same for every client, and its own requests need a key. There is no page under a
+    dialect's prefix, since the answers there have another form than the page reads.
     """
     router = APIRouter()
 

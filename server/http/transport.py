@@ -1,4 +1,4 @@
-"""Bytes and connections: reading a body within limits, the outermost layer of the application."""
+"""Bytes and connections: reads a body within limits, and wraps the application in its outermost layer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ log = logging.getLogger(__name__)
 access = logging.getLogger("jaxrank.access")
 
 PROBES = ("/health", "/ready", "/metrics")
-"""What load balancers and Prometheus ask all the time: logged at level DEBUG."""
+"""Load balancers and Prometheus request these all the time. They are logged at level DEBUG."""
 
 LARGE_BYTES = 500_000
-"""Bodies of this size and their answers are put together in threads: megabytes of new memory take tens of milliseconds,
-which the event loop does not have."""
+"""Bodies of at least this size, and their answers, are put together in threads.
+
+New memory of several megabytes takes tens of milliseconds, which the event loop does not have.
+"""
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
@@ -34,16 +36,28 @@ _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 async def read_body(
     request: Request, limit: int, timeout_s: float, take: Callable[[int], None] = lambda size: None
 ) -> bytes:
-    """The request's body. Raises TooLarge, SlowBody, Malformed (content type), ClientGone, or what `take` raises.
+    """Return the request's body.
 
-    take: told of every piece before it is kept. A body over the limit is read on for a while and thrown away, because
-    most clients send all of it before they look for an answer and would otherwise see a broken connection.
+    A body over the limit is read on for a while and dropped. Most clients send all of it before they look for an
+    answer, and would otherwise see a broken connection.
+
+    Args:
+        request: The request.
+        limit: Most bytes in the body.
+        timeout_s: Seconds for the body to arrive.
+        take: Called with the size of every piece, in bytes, before the piece is kept. Its errors are passed on.
+
+    Raises:
+        ClientGone: The client has left.
+        Malformed: The headers do not announce uncompressed JSON.
+        SlowBody: The body does not arrive in time.
+        TooLarge: The body is over the limit.
     """
     _check_headers(request)
     declared = request.headers.get("content-length", "")
     size = int(declared) if declared.isdecimal() else 0
     if size > limit and "expect" in request.headers:
-        raise _too_large(limit)  # the client asked first and has sent nothing
+        raise _too_large(limit)  # the client waits for a go-ahead and has sent nothing
     chunks: list[bytes] = []
     received = 0
     try:
@@ -79,7 +93,11 @@ def _too_large(limit: int) -> TooLarge:
 
 
 def _check_headers(request: Request) -> None:
-    """Raise Malformed unless the headers announce plain JSON."""
+    """Check that the headers announce plain JSON.
+
+    Raises:
+        Malformed: They do not.
+    """
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "application/json":
         raise Malformed("The Content-Type must be application/json.")
@@ -88,14 +106,23 @@ def _check_headers(request: Request) -> None:
 
 
 class HeadLimits:
-    """A dependency of every route: at most so many headers, and bytes of them and the address."""
+    """A dependency of every route that limits the headers.
+
+    Args:
+        max_headers: Most headers in one request.
+        max_bytes: Most bytes of the headers and the address together.
+    """
 
     def __init__(self, max_headers: int, max_bytes: int) -> None:
         self.max_headers = max_headers
         self.max_bytes = max_bytes
 
     async def __call__(self, request: Request) -> None:
-        """Let the request pass, or raise LargeHead."""
+        """Let the request pass, or refuse it.
+
+        Raises:
+            LargeHead: There are too many headers, or too many bytes.
+        """
         scope = request.scope
         headers = scope["headers"]
         size = len(scope["raw_path"] or b"") + len(scope["query_string"])
@@ -109,12 +136,21 @@ class HeadLimits:
 
 
 class Envelope:
-    """The outermost layer: a request id on every answer, one line in the access log, one count in the metrics, one span
-    in the traces; nothing unforeseen gets out.
+    """The outermost layer of the application. No unforeseen error gets past it.
 
-    A client's own X-Request-Id is kept when it is 1 to 128 printable ASCII characters. The access log is the logger
-    jaxrank.access, one line a request, without a query string and with the path escaped and cut; probes at DEBUG.
-    state["dialect"], where a route has set it, is the label of a request that scores.
+    Every answer gets a request id, one line in the access log, one count in the metrics, and one span in the traces. A
+    client's own X-Request-Id is kept if it is 1 to 128 printable ASCII characters.
+
+    The access log is the logger jaxrank.access, with one line a request. The line has no query string, and its path is
+    escaped and cut. Probes are logged at DEBUG.
+
+    If a route has set state["dialect"], it labels a request that scores.
+
+    Args:
+        app: The application inside this middleware.
+        metrics: Counts the requests.
+        tracing: Where requests are traced. None for no traces.
+        access_log: Whether there is an access log.
     """
 
     def __init__(
@@ -150,7 +186,7 @@ class Envelope:
         try:
             await self.app(scope, receive, stamped)
         except ClientGone:
-            status = 499  # as nginx logs it; there is nobody to send it to
+            status = 499  # as nginx logs it; no client is left to receive it
         except Exception as error:
             _log_crash(request_id, error)
             if not status:
@@ -172,7 +208,7 @@ def _request_id(scope: Scope) -> bytes:
 
 
 def _log_crash(request_id: bytes, error: Exception) -> None:
-    """Log where and of what type an unforeseen error was. Its text may quote the request, so it is left out."""
+    """Log the place and the type of an unforeseen error. Its text may quote the request, so it is left out."""
     identity = request_id.decode()
     frames = "".join(traceback.format_tb(error.__traceback__))
     fields = {"request_id": identity}

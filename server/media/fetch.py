@@ -1,7 +1,7 @@
-"""Addresses of media become bytes: data: URLs, the public web, and what the operator allows besides. Safe by default.
+"""Fetches the bytes of media: from data: URLs, from the public web, and from what else the operator allows.
 
-Every address is taken apart once, here, and what is connected to is made of those parts. Nothing is told of what a
-server answered but that it was of no use.
+The defaults are safe. Every address is parsed once, here, and connections use only the parsed parts. A client learns
+nothing of another server's answer, except that it was of no use.
 
 Sources: RFC 3986 and 2397 for addresses, OWASP's Server-Side Request Forgery Prevention Cheat Sheet for what to refuse.
 """
@@ -31,12 +31,21 @@ from jaxrank.version import __version__
 class MediaAccess:
     """Where media may come from, and how much of them.
 
-    remote: http and https at all. domains: with any, only from these hosts, exactly. private: from addresses that are
-    not public, too, and from any port; else only from `ports`. folder: files in it may be named, by file: URL or path.
-    max_items: images and videos of one request, every frame of a listed video counted. max_bytes: of one of them;
-    max_request_bytes: of all, encoded; max_patch_bytes: of all, decoded. connect_s, idle_s, total_s: seconds to
-    connect, between two pieces of an answer, and for all of it with its redirects. at_once: fetches of one request
-    side by side.
+    Args:
+        remote: Whether http and https are allowed at all.
+        domains: If there are any, only these hosts are allowed, exactly.
+        private: Whether addresses that are not public are allowed too, and any port.
+        ports: The allowed ports, unless private is set.
+        folder: Requests may name files in it, by file: URL or by path. None for no files.
+        max_items: Most images and videos in one request. Every frame of a listed video counts.
+        max_bytes: Most bytes of one of them.
+        max_request_bytes: Most bytes of all of them, encoded.
+        max_patch_bytes: Most bytes of all of them, decoded.
+        max_redirects: Most redirects for one address.
+        connect_s: Seconds to connect.
+        idle_s: Seconds between two pieces of an answer.
+        total_s: Seconds for one address, with its redirects.
+        at_once: Fetches of one request at the same time.
     """
 
     remote: bool = True
@@ -55,7 +64,7 @@ class MediaAccess:
     at_once: int = 8
 
     def refusal(self, code: str) -> MediaError:
-        """The error for one of REASONS."""
+        """Return the error for one of REASONS."""
         return MediaError(code, REASONS[code].format(self))
 
 
@@ -77,15 +86,15 @@ REASONS = {
     "too_many_request_bytes": "one of several files larger than {0.max_request_bytes:,} bytes together; send fewer",
     "too_many_patch_bytes": "one of several that are too large together; send fewer in one request, or smaller ones",
 }
-"""All that can be wrong with an address, by code."""
+"""The reasons to refuse an address, by code."""
 
 Take = Callable[[int], None]
-"""Told how many bytes are about to be kept; raises MediaError when they are too many."""
+"""Called with the number of bytes that are about to be kept. It raises MediaError if they are too many."""
 
 
 @dataclass(frozen=True)
 class Web:
-    """An http or https address, taken apart."""
+    """An http or https address in its parts."""
 
     url: str
     scheme: str
@@ -95,7 +104,7 @@ class Web:
 
     @property
     def authority(self) -> str:
-        """What stands in the Host header."""
+        """The value of the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -107,10 +116,12 @@ _HOST = re.compile(r"[a-z0-9_.:-]{1,253}")
 
 
 class Fetcher:
-    """Fetches media within `access`, each over a connection of its own. For one event loop.
+    """Fetches media within `access`, each over its own connection. For one event loop.
 
-    resolver: how hosts are looked up, if not as the system does. tls: whose certificates are believed, if not those
-    of the system's authorities.
+    Args:
+        access: Where media may come from.
+        resolver: Looks up hosts. By default the system's resolver.
+        tls: The certificates to trust. By default those of the system's authorities.
     """
 
     def __init__(
@@ -123,7 +134,7 @@ class Fetcher:
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
             max_connections=64,
-            max_keepalive_connections=0,  # one that its server is just closing would fail the next fetch
+            max_keepalive_connections=0,  # if a server closes a kept connection, the next fetch fails
             network_backend=CheckedBackend(self._resolver, access.private),
         )
 
@@ -136,13 +147,17 @@ class Fetcher:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close what connections there are."""
+        """Close all connections."""
         await self._pool.aclose()
         if isinstance(self._resolver, SystemResolver):
             self._resolver.close()
 
     def check(self, address: str) -> None:
-        """Raise MediaError for an address that fetch would refuse whatever is behind it. Reads and asks nothing."""
+        """Refuse an address that fetch would refuse in any case. It reads no file and connects to no server.
+
+        Raises:
+            MediaError: The address is refused.
+        """
         scheme = _scheme(address)
         if scheme == "data":
             self._base64_at(address)
@@ -154,7 +169,15 @@ class Fetcher:
             raise self.access.refusal("bad_address")
 
     async def fetch(self, address: str, take: Take = lambda size: None) -> bytes:
-        """The bytes behind an address. Raises MediaError; cancelling it ends the connection."""
+        """Return the bytes at an address. Cancelling it ends the connection.
+
+        Args:
+            address: A data: URL, an http or https URL, a file: URL, or a path.
+            take: Called with the number of bytes that are about to be kept.
+
+        Raises:
+            MediaError: The address is refused, cannot be fetched, or has too many bytes.
+        """
         self.check(address)
         scheme = _scheme(address)
         if scheme in DEFAULT_PORTS:
@@ -167,7 +190,7 @@ class Fetcher:
         return content
 
     def _base64_at(self, address: str) -> int:
-        """Where the base64 of a data: URL begins; it is not too long."""
+        """Return where the base64 of a data: URL begins, and refuse data that are too long."""
         start = address.find(",", 0, MOST_CHARACTERS) + 1
         if not start or not address[: start - 1].lower().endswith(";base64"):
             raise self.access.refusal("bad_data")
@@ -183,7 +206,7 @@ class Fetcher:
             raise self.access.refusal("bad_data") from None
 
     def _path_of(self, address: str) -> Path:
-        """What a file: URL or a path names; relative ones within the folder."""
+        """Return the path that a file: URL or a path names. Relative paths are within the folder."""
         if self._folder is None:
             raise self.access.refusal("no_files")
         if _UNSAFE.search(address.replace(" ", "")) or len(address) > MOST_CHARACTERS:
@@ -201,7 +224,7 @@ class Fetcher:
             path = self._path_of(address).resolve(strict=True)
             if not path.is_relative_to(self._folder):
                 raise self.access.refusal("bad_file")
-            # opened before it is looked at, and without waiting: a pipe would block, a device never end
+            # open before the check, and without waiting: a pipe would block, and a device would never end
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
@@ -209,11 +232,15 @@ class Fetcher:
                 if status.st_size > self.access.max_bytes:
                     raise self.access.refusal("too_many_bytes")
                 return file.read(status.st_size)
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a circle of links
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the links form a circle
             raise error if isinstance(error, MediaError) else self.access.refusal("bad_file") from None
 
     def _parse(self, url: str) -> Web:
-        """Take an http or https address apart. Raises MediaError for what is not plain, or not allowed."""
+        """Split an http or https address into its parts.
+
+        Raises:
+            MediaError: The address is not plain, or not allowed.
+        """
         if not self.access.remote:
             raise self.access.refusal("no_remote")
         try:
@@ -251,7 +278,7 @@ class Fetcher:
             raise self.access.refusal("unreachable") from None
 
     async def _ask(self, web: Web, take: Take) -> bytes | str:
-        """The body, or the address that it redirects to."""
+        """Return the body, or the address of a redirect."""
         access = self.access
         headers = [
             ("Host", web.authority),
@@ -291,12 +318,16 @@ class Fetcher:
 
 
 def _scheme(address: str) -> str:
-    """What stands before the first colon, in small letters; nothing for a bare path."""
+    """Return the text before the first colon, in lower case. It is empty for a path without a scheme."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", address)
     return match[1].lower() if match else ""
 
 
 def _plain_host(host: str) -> str:
-    """A host in small ASCII letters, without the dot that may end it. Raises ValueError."""
+    """Return a host in lower-case ASCII, without the dot that may end it.
+
+    Raises:
+        ValueError: It is not a host name.
+    """
     host = host.lower() if host.isascii() else host.encode("idna").decode("ascii").lower()
     return host.removesuffix(".")

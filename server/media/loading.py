@@ -1,4 +1,4 @@
-"""The images and videos of one request: each distinct one fetched once and decoded once, side by side, in bounds."""
+"""Loads the images and videos of one request, in parallel and within limits. Equal ones are loaded once."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class MediaPart:
-    """An image or video that a request names. source: its address, or those of the images that are a video's frames."""
+    """An image or video that a request names.
+
+    Args:
+        kind: Image or video.
+        source: Its address. For a video listed by its frames, the addresses of the images.
+    """
 
     kind: Kind
     source: str | tuple[str, ...]
 
     @property
     def addresses(self) -> tuple[str, ...]:
+        """All addresses of the part."""
         return (self.source,) if isinstance(self.source, str) else self.source
 
 
 class PatchDecoder(Protocol):
-    """What is needed of a jaxrank.media.decoding.Decoder."""
+    """The part of jaxrank.media.decoding.Decoder that the loader uses."""
 
     @property
     def workers(self) -> int: ...
@@ -39,9 +45,14 @@ class PatchDecoder(Protocol):
 
 
 class MediaLoader:
-    """Loads the media of requests, through one fetcher and one decoder. For one event loop.
+    """Loads the media of requests, with one fetcher and one decoder. For one event loop.
 
-    It closes neither of the two: they belong to whom made them. count: told "fetched" or "decoded", and how many bytes.
+    It closes neither of the two, because their creator owns them.
+
+    Args:
+        fetcher: Fetches the bytes.
+        decoder: Makes patches of the bytes.
+        count: Called with "fetched" or "decoded", and with the number of bytes.
     """
 
     def __init__(
@@ -51,18 +62,24 @@ class MediaLoader:
         self.access = fetcher.access
         self.fetcher = fetcher
         self._decode = decoder.decode
-        # as many threads as can decode: others would only wait in the decoder, where they cannot be cancelled
+        # as many threads as can decode: more would wait in the decoder, where they cannot be cancelled
         self._threads = ThreadPoolExecutor(decoder.workers, thread_name_prefix="jaxrank-decode")
 
     def close(self) -> None:
-        """Take no more; what is being decoded ends by itself."""
+        """Accept no more work. Decoding that has begun ends by itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def load(self, parts: Sequence[MediaPart]) -> list[Patches]:
-        """The patches of every part; equal parts share one object.
+        """Return the patches of every part. Equal parts share one object.
 
-        Numbers and addresses are checked before the first byte is read. Raises MediaError, whose index is that of the
-        part; the rest is given up then, as it is when the caller is cancelled.
+        The number of parts and their addresses are checked before the first byte is read. At an error, the rest of the
+        work is cancelled, as it is when the caller is cancelled.
+
+        Args:
+            parts: The images and videos of one request.
+
+        Raises:
+            MediaError: A part is refused. Its index is that of the part.
         """
         if sum(len(part.addresses) for part in parts) > self.access.max_items:
             raise self.access.refusal("too_many_items")
@@ -81,12 +98,16 @@ class MediaLoader:
         return [task.result() for task in tasks]
 
     async def decode(self, kind: Kind, data: bytes | Sequence[bytes]) -> Patches:
-        """As the decoder does, on a thread. Cancelled before its turn, it is never decoded."""
+        """Decode on a thread. Work that is cancelled before its turn is never decoded.
+
+        Raises:
+            MediaError: The data cannot be decoded.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, kind, data)
 
 
 class _Request:
-    """What is under way for one request, by address and by content."""
+    """The work under way for one request, by address and by content."""
 
     def __init__(self, loader: MediaLoader, group: asyncio.TaskGroup) -> None:
         self.loader = loader
@@ -98,7 +119,11 @@ class _Request:
         self.take_patches = _Budget(loader.access, "too_many_patch_bytes", loader.access.max_patch_bytes)
 
     async def part(self, index: int, part: MediaPart) -> Patches:
-        """The patches of one part. Raises MediaError with its index."""
+        """Return the patches of one part.
+
+        Raises:
+            MediaError: The part is refused. Its index is `index`.
+        """
         try:
             found = [_value(await fetch) for fetch in [self._fetch(address) for address in part.addresses]]
             single = isinstance(part.source, str)
@@ -116,7 +141,7 @@ class _Request:
         return self.fetched[address]
 
     async def _fetched(self, address: str) -> tuple[bytes, bytes]:
-        """The content and its hash."""
+        """Return the content and its hash."""
         async with self.slots:
             content = await self.loader.fetcher.fetch(address, self.take)
             self.loader.count("fetched", len(content))
@@ -130,7 +155,7 @@ class _Request:
 
 
 class _Budget:
-    """Counts bytes, and refuses those beyond the limit."""
+    """Counts bytes, and refuses bytes beyond the limit."""
 
     def __init__(self, access: MediaAccess, code: str, most: int) -> None:
         self.access = access
@@ -144,7 +169,7 @@ class _Budget:
 
 
 async def _caught(work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | MediaError:
-    """A refusal as a value, so that every part that waits for it can say its own place."""
+    """Return a refusal as a value, so that each part that waits for it can report its own index."""
     try:
         return await work(*args, **kwargs)
     except MediaError as error:
@@ -158,7 +183,7 @@ def _value(outcome: T | MediaError) -> T:
 
 
 def _first(failed: BaseExceptionGroup) -> BaseException:
-    """The one error to report: anything unforeseen, else the refusal of the earliest part."""
+    """Return the error to report: an unforeseen one if there is any, else the refusal of the earliest part."""
     errors = list(failed.exceptions)
     unforeseen = [error for error in errors if not isinstance(error, MediaError)]
     refusals = [error for error in errors if isinstance(error, MediaError)]

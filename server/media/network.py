@@ -1,4 +1,4 @@
-"""Connections to public addresses only: names are resolved here, and what was checked is what is connected to.
+"""Connections to public addresses only. Names are resolved here, and connections go to the checked addresses.
 
 Sources: the registries of special addresses (RFC 6890, as Python's ipaddress has them) and the ways in which IPv6
 addresses carry IPv4 ones (RFC 4291 mapped, RFC 3056 6to4, RFC 4380 Teredo, RFC 6052 NAT64).
@@ -17,7 +17,7 @@ from typing import Any, cast
 import httpcore2
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Host and port to addresses in digits, best first. Raises OSError where there are none."""
+"""Turns host and port into numeric addresses, best first. It raises OSError if there are none."""
 
 
 class NotPublicError(Exception):
@@ -25,35 +25,46 @@ class NotPublicError(Exception):
 
 
 class SystemResolver:
-    """The system's way to look up names, on threads of its own.
+    """The system's way to look up names, on its own threads.
 
-    A name whose server is silent holds a thread for half a minute: not one of those that the rest of the program needs.
+    If a name's server does not answer, a look-up holds a thread for half a minute. The rest of the program does not
+    need these threads.
+
+    Args:
+        threads: The number of threads.
     """
 
     def __init__(self, threads: int = 32) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="jaxrank-resolve")
 
     async def __call__(self, host: str, port: int) -> list[str]:
-        """Raises OSError, or UnicodeError for what cannot be a name."""
+        """Return the addresses of a host.
+
+        Raises:
+            OSError: The host has no address.
+            UnicodeError: The host cannot be a name.
+        """
         look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
         return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
     def close(self) -> None:
-        """Look up nothing more."""
+        """Accept no more look-ups."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All that is given out of IPv6; Python also calls global what is not given out, and the old site-local addresses."""
+"""The part of IPv6 that is assigned. Python's "global" also includes addresses that are not assigned, and the old
+site-local addresses.
+"""
 
 SPECIAL = [
     ipaddress.ip_network(text)
     for text in (
-        "192.0.0.0/24",  # protocol assignments, of which older Pythons know a part; a cloud's metadata are here
+        "192.0.0.0/24",  # protocol assignments; older Pythons know a part of them; a cloud's metadata are here
         "192.88.99.0/24",  # relays of 6to4
-        "168.63.129.16/32",  # public by its number, but answered by the machine's own host in Azure
+        "168.63.129.16/32",  # a public number, but in Azure the machine's own host answers
         "2001::/23",  # protocol assignments
         "3fff::/20",  # documentation
     )
@@ -61,7 +72,11 @@ SPECIAL = [
 
 
 def is_public(address: str) -> bool:
-    """Whether packets to this address, in digits, leave for the public internet."""
+    """Return whether packets to this address leave for the public internet.
+
+    Args:
+        address: A numeric IPv4 or IPv6 address. Any other text is not public.
+    """
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -85,10 +100,17 @@ def is_public(address: str) -> bool:
 
 
 class CheckedBackend(httpcore2.AsyncNetworkBackend):
-    """Opens httpcore's connections, after looking at where they lead; TLS still names the host that was asked for.
+    """Opens httpcore's connections after a check of their addresses. TLS still names the requested host.
 
-    private: take any address. Raises NotPublicError out of the request. A host of which one address is public and
-    another is not is refused: nobody needs one, and it is how names are switched between check and use.
+    If a host has both public and other addresses, it is refused. No one needs such a host, and attackers use one to
+    change the address between check and use.
+
+    Args:
+        resolver: Looks up hosts.
+        private: Whether any address is accepted.
+
+    Raises:
+        NotPublicError: Raised out of a request whose host has an address that is not public.
     """
 
     def __init__(self, resolver: Resolver, private: bool = False) -> None:
@@ -104,6 +126,14 @@ class CheckedBackend(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
+        """Connect to the first address of the host that answers, after a check of all its addresses.
+
+        Raises:
+            ConnectError: No address answers.
+            NotPublicError: An address of the host is not public, and private is not set.
+            OSError: The host has no address.
+            UnicodeError: The host cannot be a name.
+        """
         addresses = await self.resolver(host, port)
         if not self.private and not all(map(is_public, addresses)):
             raise NotPublicError
@@ -116,4 +146,4 @@ class CheckedBackend(httpcore2.AsyncNetworkBackend):
 
 
 MOST_TRIED = 4
-"""Addresses of a host that are tried, so that a name with a thousand of them is no way to use this server."""
+"""Most addresses of a host that are tried, so that a name with a thousand addresses cannot misuse this server."""

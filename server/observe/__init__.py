@@ -1,1 +1,1 @@
-"""What operators see: metrics, logs, traces."""
+"""The information for operators: metrics, logs and traces."""

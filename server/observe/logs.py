@@ -1,4 +1,4 @@
-"""Log lines to standard error: for people, or one JSON object a line for machines. No line has text of a request."""
+"""Log lines on standard error: text for people, or one JSON object a line for machines. No line quotes a request."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ FORMATS = ("text", "json")
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time (UTC), level, logger, message, what a line's `extra={"fields": {...}}` has, exception."""
+    """Formats a line as one JSON object.
+
+    Its fields are time (UTC), level, logger, message, the fields of the line's `extra={"fields": {...}}`, and
+    exception.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line for a record."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -31,9 +36,13 @@ class JsonFormatter(logging.Formatter):
 
 @contextlib.contextmanager
 def to_stderr(log_format: str = "text") -> Iterator[None]:
-    """Show what the server logs, and what libraries warn of, unless the program has set up logging itself.
+    """Show the server's log and the libraries' warnings, unless the program has set up logging itself.
 
-    log_format: one of FORMATS. Raises ValueError for others.
+    Args:
+        log_format: One of FORMATS.
+
+    Raises:
+        ValueError: log_format is unknown.
     """
     if log_format not in FORMATS:
         raise ValueError(f"log_format is {log_format!r}; one of {', '.join(FORMATS)}")

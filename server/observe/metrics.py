@@ -1,6 +1,6 @@
-"""What a server shows of itself to Prometheus. One registry an application; nothing is global.
+"""The metrics that a server offers to Prometheus. Each application has one registry, and nothing is global.
 
-Names, units and meaning: docs/operations.md has the table.
+docs/operations.md has the table of names, units and meanings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TICK_S = 0.02
 
 
 class Metrics:
-    """The counters of one application. Methods may be called on any thread."""
+    """The metrics of one application. Its methods may be called on any thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -69,26 +69,46 @@ class Metrics:
         )  # fmt: skip
 
     def request(self, dialect: str, status: int, seconds: float) -> None:
-        """An answered request. dialect: "none" for those that score nothing. status: 499 if its client had left."""
+        """Count an answered request.
+
+        Args:
+            dialect: The dialect. "none" for a request that scores nothing.
+            status: The HTTP status. 499 if the client had left.
+            seconds: The time from its headers to its answer.
+        """
         self._requests.labels(dialect, str(status)).inc()
         if dialect != "none":
             self._seconds.labels(dialect).observe(seconds)
 
     def stage(self, name: str, seconds: float) -> None:
-        """One of wait, tokenise, media, score, answer."""
+        """Count a stage of a request.
+
+        Args:
+            name: One of wait, tokenise, media, score, answer.
+            seconds: The time that it took.
+        """
         self._stages.labels(name).observe(seconds)
 
     def refusal(self, reason: str) -> None:
-        """A request that was refused; the reason is the name of a class in errors.py."""
+        """Count a refused request.
+
+        Args:
+            reason: The name of a class in errors.py, or the reason why a connection was refused.
+        """
         self._refusals.labels(reason).inc()
 
     def media(self, step: str, size: int) -> None:
-        """An image, video or frame that was fetched, or one that was decoded, with its bytes."""
+        """Count an image, video or frame that was fetched or decoded.
+
+        Args:
+            step: "fetched" or "decoded".
+            size: Its bytes.
+        """
         self._media.labels(step).inc()
         self._media_bytes.labels(step).inc(size)
 
     def batch(self, report: BatchReport) -> None:
-        """A batch that was scored, or was not."""
+        """Count a batch, whether it was scored or failed."""
         self._fill.observe(report.fill)
         self._batch_seconds.observe(report.seconds)
         self._pairs.inc(report.pairs - report.failed_pairs)
@@ -101,23 +121,30 @@ class Metrics:
         compilations: Callable[[], int],
         attention: Callable[[], Mapping[str, Choice]],
     ) -> None:
-        """Show the state of a queue and a model, too, as they are whenever somebody looks. Once."""
+        """Show the current state of a queue and a model too, whenever the metrics are read. Call it once.
+
+        Args:
+            scheduler: The queue.
+            work: Returns what the device has computed.
+            compilations: Returns the number of programs that were compiled since the warm-up.
+            attention: Returns the attention implementations, by part of the model.
+        """
         self.registry.register(_State(scheduler, work, compilations, attention))
 
     async def watch_event_loop(self) -> None:
-        """Measure for how long the event loop serves nobody, until cancelled."""
+        """Measure how long the event loop is blocked, until cancelled."""
         while True:
             before = perf_counter()
             await asyncio.sleep(_TICK_S)
             self._stalls.observe(max(0.0, perf_counter() - before - _TICK_S))
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _State(Collector):
-    """What is counted elsewhere."""
+    """The metrics that other objects count."""
 
     def __init__(
         self,
@@ -156,14 +183,19 @@ class _State(Collector):
 
 
 class Span(Protocol):
-    """A request as it is traced; see jaxrank.server.observe.tracing."""
+    """A traced request. See jaxrank.server.observe.tracing."""
 
     def stage(self, name: str, begin: float, end: float) -> None: ...
     def finish(self, status: int, dialect: str) -> None: ...
 
 
 class Stages:
-    """Where the time of one request goes: to the metrics, and to its trace if it has one."""
+    """Notes the time of each stage of one request, in the metrics, and in its trace if it has one.
+
+    Args:
+        metrics: The metrics.
+        span: The request's trace. None for no trace.
+    """
 
     def __init__(self, metrics: Metrics, span: Span | None = None) -> None:
         self.metrics = metrics
@@ -171,7 +203,7 @@ class Stages:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time a block."""
+        """Time a block as a stage."""
         begin = perf_counter()
         try:
             yield
@@ -179,7 +211,13 @@ class Stages:
             self.add(name, begin, perf_counter())
 
     def add(self, name: str, begin: float, end: float) -> None:
-        """A stage that is over, by time.perf_counter()."""
+        """Note a stage that is over.
+
+        Args:
+            name: The name of the stage.
+            begin: When it began, by time.perf_counter().
+            end: When it ended, by time.perf_counter().
+        """
         self.metrics.stage(name, end - begin)
         if self.span is not None:
             self.span.stage(name, begin, end)

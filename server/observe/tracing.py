@@ -1,7 +1,7 @@
-"""Traces to an OpenTelemetry collector over OTLP/HTTP, where the extra `otel` is installed.
+"""Sends traces to an OpenTelemetry collector over OTLP/HTTP, if the extra `otel` is installed.
 
-A request's span has one child a stage (tokenise, media, queue, score, answer) and goes on the trace of a `traceparent`
-header. No attribute has text of a request.
+A request's span has one child for each stage: tokenise, media, queue, score, answer. It continues the trace of a
+`traceparent` header. No attribute has text of a request.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ NAMES = {"wait": "queue"}
 
 
 class Tracing:
-    """A tracer of its own, not the process's. Raises RequestError if OpenTelemetry is not installed.
+    """Traces requests with its own tracer, not with the process's tracer.
 
-    endpoint: where traces are posted, such as http://localhost:4318/v1/traces.
+    Args:
+        endpoint: The URL that traces are posted to, such as http://localhost:4318/v1/traces.
+
+    Raises:
+        RequestError: OpenTelemetry is not installed, or the endpoint is not a URL.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -42,17 +46,17 @@ class Tracing:
         self._tracer = self._provider.get_tracer("jaxrank", __version__)
 
     def begin(self, scope: Scope, request_id: str) -> RequestSpan:
-        """The span of a request that has just come."""
+        """Return the span of a request that has just come."""
         return RequestSpan(self._tracer, scope, request_id)
 
     def close(self) -> None:
-        """Send what is left, for a few seconds at most, and end. Blocks."""
+        """Send the remaining traces, for a few seconds at most, and end. It blocks."""
         self._provider.force_flush(5000)
         self._provider.shutdown()
 
 
 class RequestSpan:
-    """One request, from its headers to its answer."""
+    """The span of one request, from its headers to its answer."""
 
     def __init__(self, tracer: Tracer, scope: Scope, request_id: str) -> None:
         from opentelemetry.trace import SpanKind, set_span_in_context
@@ -60,7 +64,7 @@ class RequestSpan:
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self._tracer = tracer
-        # stages are timed by perf_counter, spans in nanoseconds since 1970
+        # stages use perf_counter, and spans use nanoseconds since 1970
         self._offset = time.time_ns() - int(time.perf_counter() * 1e9)
         attributes: dict[str, Any] = {"http.request.method": scope["method"], "jaxrank.request_id": request_id}
         self._span = tracer.start_span(
@@ -69,12 +73,12 @@ class RequestSpan:
         self._context = set_span_in_context(self._span)
 
     def stage(self, name: str, begin: float, end: float) -> None:
-        """A stage that is over, by time.perf_counter()."""
+        """Add a stage that is over. Times are by time.perf_counter()."""
         start, stop = (int(moment * 1e9) + self._offset for moment in (begin, end))
         self._tracer.start_span(NAMES.get(name, name), self._context, start_time=start).end(stop)
 
     def finish(self, status: int, dialect: str) -> None:
-        """The request is answered."""
+        """End the span, because the request is answered."""
         from opentelemetry.trace import StatusCode
 
         self._span.set_attributes({"http.response.status_code": status, "jaxrank.dialect": dialect})

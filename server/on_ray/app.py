@@ -1,8 +1,9 @@
-"""The server as an application of Ray Serve: replicas of all of it, each with a model on chips of its own.
+"""The server as an application of Ray Serve. Each replica is a complete server, with a model on its own chips.
 
     serve run jaxrank.server.on_ray.app:build model=BAAI/bge-reranker-v2-m3 replicas=2 gpus=1
 
-An entry point like the `jaxrank` command, whose flags it takes; nothing else imports it, or Ray. See docs/deploy.md.
+It is an entry point like the `jaxrank` command, and takes the same flags. Nothing else imports it, or Ray. See
+docs/deploy.md.
 """
 
 from __future__ import annotations
@@ -34,23 +35,29 @@ REFUSED = {
     "port": "Ray's HTTP proxy listens; say where in http_options of a config file",
     "max_connections": "Ray's HTTP proxy takes the connections; bound them in front of it",
 }
-"""Flags of `jaxrank serve` that mean nothing here, and what to do instead."""
+"""Flags of `jaxrank serve` that have no meaning here, and what to do instead."""
 
 RETRIES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 CHECK_S = 5.0
-"""Between two health checks; Ray replaces a replica after three that failed in a row."""
+"""Seconds between two health checks. Ray replaces a replica after three failures in a row."""
 
 log = logging.getLogger(__name__)
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """The application, a ray.serve.Application. Raises RequestError for arguments that cannot be.
+    """Return the application, a ray.serve.Application.
 
-    arguments: the flags of `jaxrank serve`, with _ or - and without the leading hyphens (true for flags without a
-    value), but for REFUSED; and these. replicas: how many, or the fewest where there is max_replicas; Ray starts and
-    ends replicas then to have target_ongoing_requests under way in each. cpus, gpus, tpus: of each replica, as Ray
-    counts them. shutdown_grace: for a replica to finish in what it has, when another takes its place.
+    Args:
+        arguments: The flags of `jaxrank serve`, except those in REFUSED. Names have _ or -, without the leading
+            hyphens. A flag without a value is true. There are more arguments: replicas, max_replicas,
+            target_ongoing_requests, cpus, gpus and tpus. replicas is the number of replicas, or the fewest if
+            max_replicas is given. In that case Ray starts and ends replicas, to have target_ongoing_requests under way
+            in each. cpus, gpus and tpus are those of each replica, as Ray counts them. shutdown_grace is the time, in
+            seconds, for a replica to finish its requests when another replica takes its place.
+
+    Raises:
+        RequestError: An argument is not valid.
     """
     asked = read(arguments)
     options: dict[str, Any] = {"num_cpus": asked.cpus, "num_gpus": asked.gpus}
@@ -69,7 +76,7 @@ def build(arguments: dict[str, Any]) -> Any:
         Replica,
         name="jaxrank",
         ray_actor_options=options,
-        # the application's own bound comes first, and says Retry-After; probes need places beside it
+        # the application's own limit is lower and sends Retry-After; the difference leaves room for probes
         max_ongoing_requests=2 * asked.max_queue_requests,
         health_check_period_s=CHECK_S,
         graceful_shutdown_timeout_s=asked.shutdown_grace + PATIENCE_S,
@@ -80,7 +87,11 @@ def build(arguments: dict[str, Any]) -> Any:
 
 
 def read(arguments: Mapping[str, Any]) -> argparse.Namespace:
-    """`arguments` as the flags that they are. Raises RequestError."""
+    """Return `arguments` as parsed flags.
+
+    Raises:
+        RequestError: An argument is not valid.
+    """
     parser = _Parser(prog="jaxrank.server.on_ray.app:build", add_help=False, allow_abbrev=False)
     command.add_arguments(parser)
     group = parser.add_argument_group("replicas")
@@ -110,7 +121,7 @@ def read(arguments: Mapping[str, Any]) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what it would otherwise print before it ended the process."""
+    """Raises an error in cases where argparse would print it and end the process."""
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message}; give what `jaxrank serve --help` lists, or replicas, max_replicas, "
@@ -119,7 +130,14 @@ class _Parser(argparse.ArgumentParser):
 
 @serve.ingress()
 class Replica:
-    """One process with a model, and the whole application around it. Ray gives it requests once it is warm."""
+    """One process with a model and the complete application. Ray gives it requests when it is warm.
+
+    Args:
+        arguments: As in build.
+
+    Raises:
+        RequestError: An argument is not valid.
+    """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         asked = read(arguments)
@@ -133,7 +151,7 @@ class Replica:
         self._app = create_app(command.load(asked), on_ready=self._ready, on_failure=self._failed, **settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The application; its start ends when the model is warm, so that Ray sends nothing before."""
+        """Return the application. Its start ends when the model is warm, so Ray sends no requests before."""
         start = self._app.router.lifespan_context
 
         @contextlib.asynccontextmanager
@@ -156,7 +174,11 @@ class Replica:
         self._warm.set()
 
     async def check_health(self) -> None:
-        """Raise when the replica should be replaced: it has stopped scoring, or fails all the time."""
+        """Check whether the replica should be replaced.
+
+        Raises:
+            RuntimeError: Scoring has stopped, or nothing could be scored in the last batches.
+        """
         scheduler = self._app.state.service.scheduler
         if scheduler.failed or scheduler.failing:
             raise RuntimeError("scoring has stopped, or nothing could be scored in the last batches: see the log")

@@ -1,8 +1,8 @@
-"""Requests that a replica took with it when it died, sent once more: for the HTTP proxies of Ray Serve.
+"""Sends requests once more if their replica died: for the HTTP proxies of Ray Serve.
 
-Ray Serve tries again by itself only what no replica has begun; a request under way on one that dies is answered 500.
-Reranking changes nothing, so that a second try is harmless. The proxies take this in when the environment in which Ray
-starts has
+Ray Serve itself repeats only requests that no replica has begun. A request under way on a replica that dies is answered
+500. Reranking changes nothing, so a second try is harmless. The proxies use this middleware if Ray starts in an
+environment with
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=jaxrank.server.on_ray.retry:middleware
 """
@@ -17,24 +17,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxrank.server.errors import Unavailable
 
 TRIES = 3
-"""Of one request. More would let a request that kills its replica kill more of them."""
+"""Most tries of one request. With more, a request that kills its replica could kill more of them."""
 
 KEPT_BYTES = 40_000_000
-"""Largest body that is kept for another try: the largest that the server takes unless told otherwise."""
+"""Largest body, in bytes, that is kept for another try. It is the server's largest default limit."""
 
 log = logging.getLogger("ray.serve")
 
 
 def middleware() -> list[Middleware]:
-    """What Ray Serve's HTTP proxies put around themselves."""
+    """Return the middleware for Ray Serve's HTTP proxies."""
     return [Middleware(Retry)]
 
 
 class Retry:
-    """Asks `app`, a proxy, again when it ends without an answer, as it does when a replica dies.
+    """Calls `app`, a proxy, again if it ends without an answer, as it does when a replica dies.
 
-    Answers are held until their first body, with which a replica's part is done: a replica that dies between the two
-    has not answered. The proxy repeats the X-Request-Id that a replica has written already; one goes out.
+    The start of an answer is held back until its first body, because a replica's part ends there. A replica that dies
+    between the two has not answered. The proxy repeats an X-Request-Id that a replica has already written, so only one
+    goes out.
+
+    Args:
+        app: The proxy.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -58,17 +62,17 @@ class Retry:
 
 
 class Kept:
-    """What a client sends, kept for more than one reader, one after the other."""
+    """Keeps what a client sends for several readers, one after the other."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._messages: list[Message] = []
         self._bytes = 0
         self.whole = True  # whether all of it is kept
-        self.ended = False  # the client has left
+        self.ended = False  # whether the client has left
 
     def reader(self) -> Receive:
-        """What receives everything from the beginning on."""
+        """Return a callable that receives everything from the beginning."""
         before = iter(list(self._messages))
 
         async def receive() -> Message:
@@ -90,7 +94,7 @@ class Kept:
 
 
 class Held:
-    """What a client is sent, from its first body on."""
+    """Holds back what a client is sent, until its first body."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -98,10 +102,11 @@ class Held:
         self.begun = False
 
     def forget(self) -> None:
-        """Drop a beginning that no body followed."""
+        """Drop the start of an answer that no body followed."""
         self._start = None
 
     async def send(self, message: Message) -> None:
+        """Hold back the start of an answer, and send it with the first body."""
         if message["type"] == "http.response.start":
             self._start = {**message, "headers": _one_request_id(message["headers"])}
             return
@@ -113,6 +118,6 @@ class Held:
 
 
 def _one_request_id(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The headers with the first X-Request-Id alone: the application's, which its log has."""
+    """Return the headers with only the first X-Request-Id. It is the application's, which its log has."""
     first = next((pair for pair in headers if pair[0].lower() == b"x-request-id"), None)
     return [pair for pair in headers if pair[0].lower() != b"x-request-id" or pair is first]
