@@ -116,7 +116,7 @@ def prepare(
 
 @contextlib.contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Turn OSErrors into CheckpointErrors."""
+    """Raise CheckpointError in place of an OSError."""
     try:
         yield
     except OSError as error:

@@ -18,7 +18,7 @@ from jaxrank import convert
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.media.images import Preprocessing
 from jaxrank.media.patches import read_preprocessing
-from jaxrank.models import settings_of
+from jaxrank.models import Family, settings_of
 from jaxrank.models.quantized import check_quantization
 from jaxrank.runtime.attention import Choice, use_implementation
 from jaxrank.runtime.calls import Call
@@ -168,28 +168,9 @@ class Reranker:
             if max_length is not None and not 8 <= max_length <= limit:
                 raise RequestError(f"max_length is {max_length}; this model takes 8 to {limit} tokens")
             length = max_length or settings.default_length
-            if family.prompts is not None:
-                if prompt is not None and chat_template is not None:
-                    raise RequestError("prompt and chat_template both say how to write the prompt; give one of them")
-                written = load_prompt(prompt or "official", chat_template, family.prompts)
-                merge = settings.vision.merge if hasattr(settings, "vision") else None
-                tokenizer = PromptTokenizer(folder, length, written, merge)
-                seeing = None if merge is None else read_preprocessing(folder, preprocessing)
-                if preprocessing and seeing is None:
-                    raise RequestError(f"{name} reads text alone; leave out preprocessing, the sizes of images")
-                if instruct is not None:
-                    check_instruct(tokenizer, instruct)
-            else:
-                given: dict[str, Any] = {"prompt": prompt, "chat_template": chat_template, "instruct": instruct}
-                given["preprocessing"] = preprocessing or None
-                if names := [argument for argument, value in given.items() if value is not None]:
-                    raise RequestError(f"{name} reads query and document without a prompt; leave out {names[0]}")
-                tokenizer, seeing = PairTokenizer(folder, length), None
-            if (size := tokenizer.tokenizer.get_vocab_size()) > settings.vocab_size:
-                raise CheckpointError(
-                    f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {settings.vocab_size}; "
-                    "use the tokenizer and the weights of one model"
-                )
+            asking: dict[str, Any] = {"prompt": prompt, "chat_template": chat_template, "instruct": instruct}
+            asking["preprocessing"] = preprocessing or None
+            tokenizer, seeing = _tokenizer(folder, name, family, settings, length, **asking)
             how: dict[str, Any] = dict(dtype=dtype, quantization=quantization)
             converted = load_format == "orbax" or (load_format == "auto" and checkpoint.is_converted(folder))
             if converted:
@@ -560,3 +541,48 @@ def default_row_tokens(ffn: int, causal: bool) -> int:
 def sigmoid(logits: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
     """Return 1 / (1 + exp(-x)). It is computed in float64, in a form that no float32 input overflows."""
     return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64))).astype(np.float32)
+
+
+def _tokenizer(
+    folder: Path,
+    name: str,
+    family: Family,
+    settings: Any,
+    length: int,
+    *,
+    prompt: str | None,
+    chat_template: str | Path | None,
+    instruct: str | None,
+    preprocessing: Mapping[str, int | float] | None,
+) -> tuple[PairTokenizer | PromptTokenizer, Preprocessing | None]:
+    """Return what makes token ids of texts, and how a model that sees prepares images; see Reranker.from_pretrained.
+
+    Raises:
+        CheckpointError: the tokenizer does not belong to the weights.
+        RequestError: an argument is not for this model.
+    """
+    seeing = None
+    if family.prompts is None:
+        given = {
+            "prompt": prompt, "chat_template": chat_template, "instruct": instruct, "preprocessing": preprocessing
+        }  # fmt: skip
+        if names := [argument for argument, value in given.items() if value is not None]:
+            raise RequestError(f"{name} reads query and document without a prompt; leave out {names[0]}")
+        tokenizer: PairTokenizer | PromptTokenizer = PairTokenizer(folder, length)
+    else:
+        if prompt is not None and chat_template is not None:
+            raise RequestError("prompt and chat_template both say how to write the prompt; give one of them")
+        frame = load_prompt(prompt or "official", chat_template, family.prompts)
+        merge = settings.vision.merge if hasattr(settings, "vision") else None
+        tokenizer = PromptTokenizer(folder, length, frame, merge)
+        seeing = None if merge is None else read_preprocessing(folder, preprocessing)
+        if preprocessing and seeing is None:
+            raise RequestError(f"{name} reads text alone; leave out preprocessing, the sizes of images")
+        if instruct is not None:
+            check_instruct(tokenizer, instruct)
+    if (size := tokenizer.tokenizer.get_vocab_size()) > settings.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {settings.vocab_size}; "
+            "use the tokenizer and the weights of one model"
+        )
+    return tokenizer, seeing

@@ -184,7 +184,8 @@ def create_app(
     app.add_exception_handler(HTTPException, _http_error)
     app.include_router(page.routes())
     app.include_router(_open_routes(service))
-    app.include_router(_guarded_routes(app, service, access))
+    app.include_router(_guarded_routes(service))
+    app.include_router(_documentation_routes(app, service, access))
     app.include_router(_metrics_route(service, open_metrics))
     return app
 
@@ -226,7 +227,7 @@ def _metrics_route(service: Service, open_metrics: bool) -> APIRouter:
     return router
 
 
-def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter:
+def _guarded_routes(service: Service) -> APIRouter:
     """Return the routes that need a key, if the server has keys."""
     router = APIRouter()
     about = facts.Facts(service.reranker, service.settings, service.started)
@@ -275,6 +276,12 @@ def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter
     # There is one route for both methods, so that a 405 names both. The documentation has one operation a method.
     router.add_api_route("/ping", ping, methods=["GET", "POST"], include_in_schema=False)
 
+    return router
+
+
+def _documentation_routes(app: FastAPI, service: Service, access: Access) -> APIRouter:
+    """Return /docs and /openapi.json, which need a key, if the server has keys."""
+    router = APIRouter()
     documents: dict[Dialect | None, bytes] = {}
 
     @router.get("/openapi.json", include_in_schema=False)
