@@ -22,7 +22,7 @@ from machine import finish, median_seconds
 
 from jaxrank.kernels import attention, make_layout
 from jaxrank.kernels.tpu import tile_size
-from jaxrank.packing import pack
+from jaxrank.runtime.packing import pack
 from jaxrank.types import Encoded
 
 

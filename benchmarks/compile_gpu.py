@@ -60,8 +60,8 @@ from sass import Tools, assemble, find_tools
 from shapes import MODELS, VL_MODELS
 
 from jaxrank.kernels import IMPLEMENTATIONS, attention, make_layout
-from jaxrank.packing import pack
-from jaxrank.scoring import take_tower, whole
+from jaxrank.runtime.packing import pack
+from jaxrank.runtime.programs import take_tower, whole
 
 GB = 1e9
 HERE = Path(__file__).parent

@@ -45,9 +45,9 @@ from machine import finish, save
 from shapes import MODELS, VL_MODELS, layer_flops, model_flops, tower_flops
 
 from jaxrank.models.quantized import QUANTIZATIONS, quantized_outline
-from jaxrank.packing import LADDER, pack
-from jaxrank.patch_rows import pack_patches
-from jaxrank.scoring import take_tower, whole, whole_tower
+from jaxrank.runtime.packing import LADDER, pack
+from jaxrank.runtime.patch_packing import pack_patches
+from jaxrank.runtime.programs import take_tower, whole, whole_tower
 from jaxrank.sharding import DATA, make_mesh, specs
 from jaxrank.types import Encoded, Patches
 

@@ -83,8 +83,8 @@ def load(folder: Path, devices: int) -> dict[str, Any]:
     jax.config.update("jax_num_cpu_devices", devices)
     import tensorstore  # noqa: F401
 
-    from jaxrank import checkpoint
     from jaxrank.reranker import Reranker
+    from jaxrank.weights import converted as checkpoint
 
     jax.block_until_ready(jax.device_put(0.0))
     before, began = peak(os.getpid()), time.process_time()

@@ -31,9 +31,9 @@ import numpy as np
 from machine import finish
 
 from jaxrank import Reranker
-from jaxrank.calls import Call
-from jaxrank.packing import pack, slots
-from jaxrank.scoring import Scorer
+from jaxrank.runtime.calls import Call
+from jaxrank.runtime.packing import pack, slots
+from jaxrank.runtime.scorer import Scorer
 from jaxrank.server.scheduler import Scheduler
 from jaxrank.types import Encoded, Packed
 

@@ -21,7 +21,7 @@ import torch
 from publisher import Script
 
 from jaxrank import Reranker
-from jaxrank.packing import bucket_of, plan, row_size
+from jaxrank.runtime.packing import bucket_of, plan, row_size
 from jaxrank.types import NO_PREFIX, Encoded
 
 Requests = list[tuple[str, list[str]]]

@@ -27,9 +27,10 @@ from machine import finish, save
 from shapes import MODELS, VL_MODELS
 from train_builtin import mrr
 
-from jaxrank import Reranker, checkpoint, convert
+from jaxrank import Reranker, convert
 from jaxrank.models.quantized import quantized_outline
 from jaxrank.reranker import BUILTIN
+from jaxrank.weights import converted as checkpoint
 
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},

@@ -40,7 +40,7 @@ from sentence_transformers import CrossEncoder
 
 from jaxrank import Reranker
 from jaxrank.kernels import attention, operand_dtype
-from jaxrank.packing import bucket_of, pack, plan, row_size
+from jaxrank.runtime.packing import bucket_of, pack, plan, row_size
 
 Pairs = list[tuple[str, str]]
 

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         published, converted = Path(scratch) / "published", Path(scratch) / "converted"
         if arguments.shape in QWEN3_SHAPES:
             # the prompt too, whose words would be letters otherwise: three times the published tokens
-            prompt = (Path(jaxrank.__file__).parent / "templates" / "qwen3" / "official.jinja").read_text()
+            prompt = (Path(jaxrank.__file__).parent / "text" / "templates" / "qwen3" / "official.jinja").read_text()
             qwen3_checkpoint(published, arguments.shape, [prompt, "what is panda?", *REQUESTS["two short documents"]])
             grow_qwen_tokenizer(published, 151_669)
         else:

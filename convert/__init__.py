@@ -1,4 +1,4 @@
-"""Published checkpoints into jaxrank's models and folders: the only place that knows Hugging Face's tensor names.
+"""Turns published checkpoints into jaxrank's models and folders. Only this package knows Hugging Face's tensor names.
 
     hub.py            where a model lies: a folder, or an id to download
     safetensors.py    a checked reader of safetensors files
@@ -6,7 +6,7 @@
     rules.py          tensors into parameters, by a table
     xlm_roberta.py, qwen3.py, qwen3_vl.py    a family's table
 
-`load` serves a published folder as it is, `convert` writes one that needs no conversion.
+`load` loads a published folder as it is. `convert` writes a folder that needs no conversion.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxrank import checkpoint
-from jaxrank.checkpoint import Load, read_config
 from jaxrank.convert import qwen3, qwen3_vl, safetensors, torch_bin, xlm_roberta
 from jaxrank.convert.hub import FORMATS, SETTINGS, TOKENIZER_FILES, find
 from jaxrank.convert.rules import Rule, check, fill
@@ -34,14 +32,19 @@ from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError, ModelError
 from jaxrank.models import settings_of
 from jaxrank.models.quantized import check_quantization
-from jaxrank.shards import byte_bar
+from jaxrank.weights import converted as checkpoint
+from jaxrank.weights.converted import Load, read_config
+from jaxrank.weights.shards import byte_bar
 
 __all__ = ["FORMATS", "SETTINGS", "convert", "find", "load", "prepare", "read_config"]
 
 
 class Names(NamedTuple):
-    """An architecture's tensor names: its table for a configuration, a folder and the names of the tensors in it, and
-    tensors that may be left over."""
+    """The tensor names of an architecture.
+
+    They are its table for a configuration, a folder and the names of the tensors in it, and the tensors that may be
+    left over.
+    """
 
     rules: Callable[[Any, Path, Collection[str]], list[Rule]]
     ignored: frozenset[str]
@@ -56,7 +59,13 @@ NAMES = {
 
 
 def load(folder: Path, *, dtype: DTypeLike | None, mesh: Mesh | None = None, **options: Any) -> Any:
-    """The model of a published checkpoint's folder: `prepare` and what it returns, with their options."""
+    """Load the model of a published checkpoint's folder: `prepare`, and then the call of its result, with their
+    options.
+
+    Raises:
+        CheckpointError: as in `prepare`.
+        UnsupportedError: as in `prepare`.
+    """
     of_prepare = {name: options.pop(name) for name in ("formats", "quantization") if name in options}
     return prepare(folder, dtype=dtype, **of_prepare)(mesh, **options)
 
@@ -68,12 +77,21 @@ def prepare(
     quantization: str | None = None,
     formats: Sequence[str] = ("safetensors",),
 ) -> Load:
-    """Check a published checkpoint's folder, without a look at the numbers and without a device; what is returned reads
-    it.
+    """Check a published checkpoint's folder, without reading the numbers and without a device.
 
-    dtype: of the matrices (what the model always keeps in float32 stays so); None keeps the checkpoint's.
-    quantization: "int8" rounds them while they are read (see models.quantized). formats: of hub.FORMATS, the first one
-    that is there is read. Raises CheckpointError, which names every tensor that does not fit, or UnsupportedError.
+    Args:
+        folder: the folder.
+        dtype: the dtype of the matrices. What the model always keeps in float32 stays so. None keeps the checkpoint's
+            dtype.
+        quantization: "int8" rounds matrices while they are read (see models.quantized).
+        formats: formats of hub.FORMATS. The first one that is there is read.
+
+    Returns:
+        A function that reads the folder.
+
+    Raises:
+        CheckpointError: tensors are missing or do not fit. The message names every one.
+        UnsupportedError: jaxrank does not implement the model.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -98,7 +116,7 @@ def prepare(
 
 @contextlib.contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """OSErrors as CheckpointErrors."""
+    """Raise CheckpointError in place of an OSError."""
     try:
         yield
     except OSError as error:
@@ -114,12 +132,22 @@ def convert(
     progress: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Write a published checkpoint's folder as a folder of jaxrank's own (see jaxrank.checkpoint).
+    """Write a published checkpoint's folder as a folder of jaxrank's own (see jaxrank.weights.converted).
 
-    dtype: of the matrices; None keeps the source's. quantization: "int8" or None. progress: a bar on stderr. overwrite:
-    replace an earlier conversion; nothing else is ever replaced. All is written into a hidden folder beside the target
-    and renamed at the end, so the target is whole or not there; a killed conversion leaves that hidden folder behind.
-    Raises ModelError, or RequestError if an argument is off.
+    All is written into a hidden folder beside the target and renamed at the end. So the target is complete or not
+    there. A killed conversion leaves that hidden folder behind.
+
+    Args:
+        source: the published checkpoint's folder.
+        folder: the target.
+        dtype: the dtype of the matrices. None keeps the source's dtype.
+        quantization: "int8" or None.
+        progress: whether a bar is shown on stderr.
+        overwrite: whether an earlier conversion is replaced. Nothing else is ever replaced.
+
+    Raises:
+        ModelError: the source cannot be read, or the target cannot be written.
+        RequestError: an argument has a value that is not allowed.
     """
     check_quantization(quantization)
     source, folder = Path(source), Path(folder).expanduser().absolute()
@@ -138,10 +166,10 @@ def convert(
         replace(hidden, folder)
     except OSError as error:
         raise ModelError(f"{folder} could not be written: {error}; nothing was left there") from error
-    except CheckpointError as error:  # from save, which names the hidden folder
+    except CheckpointError as error:  # from save; its message names the hidden folder
         raise CheckpointError(f"{str(error).replace(str(hidden), str(folder))}; nothing was left there") from error
     finally:
-        for _ in range(20):  # where one write has failed, TensorStore's threads may go on with others for a moment
+        for _ in range(20):  # after one failed write, TensorStore's threads may continue others
             if not hidden.exists():
                 break
             shutil.rmtree(hidden, ignore_errors=True)
@@ -149,7 +177,11 @@ def convert(
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise CheckpointError unless the folder may be written."""
+    """Check that the folder may be written.
+
+    Raises:
+        CheckpointError: it may not.
+    """
     if not folder.exists() and not folder.is_symlink():
         return
     if not overwrite:
@@ -159,7 +191,10 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def replace(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; what was there is set aside first, put back on failure, and else removed."""
+    """Rename `new` to `folder`.
+
+    An existing folder is moved aside first. It is moved back on failure, and else removed.
+    """
     old = new.with_name(new.name + ".old")
     if folder.exists():
         folder.rename(old)
@@ -173,7 +208,11 @@ def replace(new: Path, folder: Path) -> None:
 
 
 def read_tensors(folder: Path, formats: Sequence[str]) -> dict[str, Tensor]:
-    """The folder's tensors, of the first of these formats that it has."""
+    """Return the folder's tensors, in the first of these formats that it has.
+
+    Raises:
+        CheckpointError: there are no such weights.
+    """
     tensors = safetensors.read_tensors(folder) if "safetensors" in formats else None
     if tensors is not None:
         return tensors
@@ -195,11 +234,11 @@ MAIN_FILES = {
     "safetensors": (safetensors.SINGLE, safetensors.INDEX),
     "torch": (torch_bin.SINGLE, torch_bin.INDEX),
 }
-"""The file that a folder of each format has, or that of a sharded set."""
+"""The file that a folder of each format has, or the file that a sharded set has."""
 
 
 def main_dtype(tensors: Mapping[str, Tensor]) -> np.dtype:
-    """The dtype that most bytes have, at most float32."""
+    """Return the dtype that most bytes have, at most float32."""
     sizes: Counter[str] = Counter({"F32": 0})
     for tensor in tensors.values():
         if tensor.dtype in READABLE:

@@ -28,7 +28,7 @@ FILES = {
     "torch": ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 }
 FORMATS = tuple(FILES)
-"""Of published weights, the preferred one first; torch's can hide code."""
+"""The formats of published weights, the preferred one first. Those of torch can hide code."""
 
 
 def find(
@@ -38,11 +38,18 @@ def find(
     formats: Sequence[str] = ("safetensors",),
     **options: Any,
 ) -> Path:
-    """The folder of a model: an existing folder as it is, otherwise a Hugging Face id's, downloaded if need be.
+    """Return the folder of a model: an existing folder as it is, or a Hugging Face id's, downloaded if necessary.
 
-    Only the configuration, the tokenizer and weights are fetched: those of the first of these formats that the
-    repository offers. revision: a branch, tag or commit, for an id only; so are options, huggingface_hub's own, such as
-    token. Raises CheckpointError.
+    Only the configuration, the tokenizer and weights are fetched. The weights are in the first of these formats that
+    the repository offers.
+
+    Args:
+        revision: a branch, tag or commit, only for an id.
+        formats: the formats of weights.
+        options: options of huggingface_hub, such as token, only for an id.
+
+    Raises:
+        CheckpointError: there is no such folder, or the download failed.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
@@ -58,7 +65,7 @@ def find(
         for before, name in itertools.pairwise(formats):
             if not any(file for pattern in FILES[before] for file in found.glob(pattern)):
                 found = download(name_or_folder, revision, FILES[name], **options)
-    except Exception as error:  # whatever network, proxy and cache may raise is no documented list
+    except Exception as error:  # network, proxy and cache have no complete list of errors
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"there is no folder {name_or_folder}, and as a Hugging Face id it could not be fetched: {reason[0]}"
@@ -67,7 +74,10 @@ def find(
 
 
 def download(name: str, revision: str | None, files: tuple[str, ...], **options: Any) -> Path:
-    """Fetch those of a repository's files that match, top folder only; the local folder of the snapshot."""
+    """Fetch those of a repository's files that match, from its top folder only.
+
+    Return the local folder of the snapshot.
+    """
     from huggingface_hub import snapshot_download
 
     patterns = dict(allow_patterns=list(files), ignore_patterns=["*/*"])

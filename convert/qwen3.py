@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from jaxrank.convert.rules import LINEAR, ROW, Rule, layer_places, members, row_difference
 from jaxrank.errors import CheckpointError
 from jaxrank.models.qwen3 import Qwen3Config
-from jaxrank.tokens import load_tokenizer
+from jaxrank.text.tokenizer import load_tokenizer
 
 LAYER = (
     Rule("input_layernorm.weight", "attention/norm/scale"),
@@ -20,29 +20,33 @@ LAYER = (
     Rule("mlp.down_proj.weight", "feed_forward/down", LINEAR),
 )
 
-# Saved by some although it is the embedding once more.
+# Some checkpoints save it, although it is the same as the embedding.
 IGNORED = frozenset(["lm_head.weight"])
 
 
 def rules(config: Qwen3Config, folder: Path, tensors: Collection[str]) -> list[Rule]:
-    """The whole table of a causal model, whose head is W[yes] - W[no] of its own tokenizer's tokens."""
+    """Return the whole table of a causal model. Its head is W[yes] - W[no] of its own tokenizer's tokens.
+
+    Raises:
+        CheckpointError: as in `answer_id`.
+    """
     return [*body(config, layer_places(config.layers)), head(config, folder)]
 
 
 def classifier_rules(config: Qwen3Config, folder: Path, tensors: Collection[str]) -> list[Rule]:
-    """The whole table of a sequence classifier, whose head is its own."""
+    """Return the whole table of a sequence classifier. It has a head of its own."""
     return [*body(config, layer_places(config.layers)), Rule("score.weight", "head", ROW)]
 
 
 def body(config: Qwen3Config, places: list[str], model: str = "model.") -> list[Rule]:
-    """All but the head, for layers kept at those places; model: what the tensors' names begin with."""
+    """Return all but the head, for layers at those places. `model` is the beginning of the tensors' names."""
     layer = [*LAYER, *joined(config)]
     layers = (rule.under(f"{model}layers.{i}.", place) for i, place in enumerate(places) for rule in layer)
     return [Rule(f"{model}embed_tokens.weight", "word"), Rule(f"{model}norm.weight", "norm/scale"), *layers]
 
 
 def joined(config: Qwen3Config) -> list[Rule]:
-    """What the model has in one where the checkpoint has several tensors, or has in another order."""
+    """Return the rules for parameters that join several tensors of the checkpoint, or have another order."""
     grouped, size = config.heads // config.kv_heads, config.head_size
     qkv = {"q": (0, grouped), "k": (grouped, grouped + 1), "v": (grouped + 1, grouped + 2)}
     return [
@@ -57,7 +61,7 @@ def joined(config: Qwen3Config) -> list[Rule]:
 
 
 def head(config: Qwen3Config, folder: Path, model: str = "model.") -> Rule:
-    """The line of a head that is W[yes] - W[no], from the embedding where it is tied."""
+    """Return the rule for a head that is W[yes] - W[no]. A tied head comes from the embedding."""
     tokenizer, _ = load_tokenizer(folder)
     yes, no = (answer_id(tokenizer, folder, answer, config.vocab_size) for answer in ("yes", "no"))
     table = f"{model}embed_tokens.weight" if config.tied else "lm_head.weight"
@@ -65,7 +69,11 @@ def head(config: Qwen3Config, folder: Path, model: str = "model.") -> Rule:
 
 
 def answer_id(tokenizer: Tokenizer, folder: Path, answer: str, vocab_size: int) -> int:
-    """The id of an answer, which must be one token; the model's scores would mean nothing otherwise."""
+    """Return the id of an answer. It must be one token, because the model's scores would mean nothing otherwise.
+
+    Raises:
+        CheckpointError: it is not one token.
+    """
     ids = tokenizer.encode(answer, add_special_tokens=False).ids
     if len(ids) != 1 or ids[0] >= vocab_size:
         raise CheckpointError(

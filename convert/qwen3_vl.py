@@ -36,7 +36,7 @@ MERGER = (
 
 
 def rules(config: Qwen3VLConfig, folder: Path, tensors: Collection[str]) -> list[Rule]:
-    """The whole table. Newer checkpoints put both halves under "model.", older ones the text model alone."""
+    """Return the whole table. Newer checkpoints put both halves under "model.", and older ones only the text model."""
     is_new = any(name.startswith("model.language_model.") for name in tensors)
     model, visual = ("model.language_model.", "model.visual.") if is_new else ("model.", "visual.")
     adding = config.vision.features - 1
@@ -46,7 +46,7 @@ def rules(config: Qwen3VLConfig, folder: Path, tensors: Collection[str]) -> list
 
 
 def vision_rules(config: VisionConfig) -> list[Rule]:
-    """The tower's part. A patch embedding that is published as a convolution over whole patches is a matrix."""
+    """Return the tower's part. A patch embedding that is published as a convolution over whole patches is a matrix."""
     patch = (config.channels, config.steps, config.patch, config.patch)
     ends = [
         Rule("patch_embed.proj.weight", "patch", Transform(lambda shape: (shape[0], *patch))),

@@ -1,8 +1,8 @@
 """From a checkpoint's tensors to a model's parameters, by a table of (tensor, parameter, transform).
 
-The table is checked both ways before anything is read: every tensor is consumed, every parameter is filled exactly
-once, every shape is equal. Then each tensor is cast and transposed, chunk by chunk, straight into the memory that the
-parameter keeps.
+The table is checked in both directions before anything is read: every tensor is used, every parameter is filled exactly
+once, and every shape is equal. Then each tensor is cast and transposed, chunk by chunk, directly into the memory that
+the parameter keeps.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrank.checkpoint import BuildingInt8
 from jaxrank.convert.tensors import READABLE, Tensor
 from jaxrank.errors import CheckpointError
 from jaxrank.models.quantized import Quantized, largest_magnitudes, rounded, scales
 from jaxrank.sharding import placed_order
-from jaxrank.shards import Building, Part, Progress, by_parameter, in_threads
+from jaxrank.weights.converted import BuildingInt8
+from jaxrank.weights.shards import Building, Part, Progress, by_parameter, in_threads
 
 SHOWN = 20
-"""How many mismatches of a kind an error lists."""
+"""The number of mismatches of a kind that an error lists."""
 
 Shape = tuple[int, ...]
 
 
 class Transform(NamedTuple):
-    """How a parameter looks as its tensor: its axes flattened to `flat(shape)`, then transposed or not.
+    """How a parameter becomes its tensor: its axes are flattened to `flat(shape)`, and then transposed or not.
 
     With `minus` = (a, b) it is row a minus row b of the tensor instead, in float32. With `part` the tensor holds some
     of the parameter's entries along one axis, or has them in another order.
@@ -40,7 +40,7 @@ class Transform(NamedTuple):
     part: Part | None = None
 
     def source_shape(self, shape: Shape) -> Shape:
-        """The shape that the tensor of a parameter of this shape must have."""
+        """Return the shape that the tensor of a parameter of this shape must have."""
         sizes = list(shape)
         if self.part is not None:
             sizes[self.part.axis] = int(self.fills(shape).sum())
@@ -48,12 +48,15 @@ class Transform(NamedTuple):
         return flat[::-1] if self.transposed else flat
 
     def fills(self, shape: Shape) -> np.ndarray:
-        """Which entries along the part's axis the tensor of a parameter of this shape fills; without a part, [True]."""
+        """Return which entries along the part's axis the tensor of a parameter of this shape fills.
+
+        Without a part it is [True].
+        """
         return np.ones(1, bool) if self.part is None else self.part.order(shape[self.part.axis], 1) >= 0
 
 
 def layer_places(layers: int) -> list[str]:
-    """Where the models keep their layers; the last one has a place of its own."""
+    """Return where the models keep their layers. The last layer has a place of its own."""
     return [*(f"layers/{i}/" for i in range(layers - 1)), "last/"]
 
 
@@ -69,11 +72,11 @@ LINEAR = Transform(lambda shape: shape if len(shape) == 2 else (*shape, 1), tran
 
 
 def members(transform: Transform, count: int, start: int, stop: int, size: int = 1, *, axis: int = -1) -> Transform:
-    """The same for a tensor that holds members start to stop of a parameter, which has `count` on that axis: queries,
-    keys or values. A member is so many columns for each (key) head, `size` together.
+    """Return the same transform for a tensor that holds members start to stop of a parameter: queries, keys or values.
 
-    Of several members the tensor has those of one key head side by side, since query head k * G + g belongs to key
-    head k; the parameter has one member of all key heads side by side (see sharding.arranged).
+    The parameter has `count` members on that axis. A member has so many columns for each (key) head, `size` together.
+    If the tensor has several members, those of one key head stand side by side: query head k * G + g belongs to key
+    head k. The parameter has one member of all key heads side by side (see sharding.arranged).
     """
 
     def index(columns: int, shards: int) -> np.ndarray:
@@ -87,24 +90,24 @@ def members(transform: Transform, count: int, start: int, stop: int, size: int =
 
 
 def in_order(transform: Transform, count: int) -> Transform:
-    """The same for a tensor that holds all members, one after the other."""
+    """Return the same transform for a tensor that holds all members, one after the other."""
     return transform._replace(part=Part(-1, partial(placed_order, count)))
 
 
 def row_difference(rows: int, a: int, b: int) -> Transform:
-    """Row a minus row b of a table with that many rows: [D] from [rows, D]."""
+    """Return row a minus row b of a table with that many rows: [D] from [rows, D]."""
     return Transform(lambda shape: (rows, *shape), minus=(a, b))
 
 
 class Rule(NamedTuple):
-    """One line of a table: the tensor's name, the parameter's path (with slashes), and how to get there."""
+    """One line of a table: the tensor's name, the parameter's path (with slashes), and the transform between them."""
 
     tensor: str
     parameter: str
     transform: Transform = SAME
 
     def under(self, tensors: str, parameters: str) -> Rule:
-        """The same rule with both names prefixed."""
+        """Return the same rule with a prefix before both names."""
         return Rule(tensors + self.tensor, parameters + self.parameter, self.transform)
 
 
@@ -115,9 +118,14 @@ def check(
     parameters: Mapping[str, Any],
     where: str,
 ) -> None:
-    """Raise one CheckpointError, beginning with `where`, that names everything that does not match.
+    """Check that the table matches the tensors and the parameters.
 
-    parameters: their outlines, by path.
+    Args:
+        parameters: the outlines of the parameters, by path.
+        where: the beginning of the message.
+
+    Raises:
+        CheckpointError: something does not match. The message names all of it.
     """
     rules = list(rules)
     filled: dict[str, np.ndarray] = {}
@@ -158,7 +166,7 @@ def check(
 
 
 def listing(kind: str, lines: list[str]) -> str:
-    """An indented list, cut after SHOWN lines."""
+    """Return an indented list, cut after SHOWN lines."""
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return f"{kind} ({len(lines)}):\n" + "\n".join(f"  {line}" for line in lines[:SHOWN] + more)
 
@@ -170,11 +178,13 @@ def fill(
     progress: Callable[[int, int], None] | None = None,
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What the parameters hold, by path, on the default device or in their `places`; what is given must have passed
-    `check`, but for layers, which may be stacked, and parameters that are to be in int8.
+    """Return the values of the parameters by path, on the default device or in their `places`.
 
-    A few parameters are read side by side; host memory in use at any time is as many parameters beyond what the device
-    keeps. progress is called with the bytes read so far and in all, by one thread at a time.
+    The input must have passed `check`. Only layers may be stacked, and parameters may be wanted in int8.
+
+    A few parameters are read at the same time. Beyond what the device keeps, the host memory in use at any time is that
+    of as many parameters. `progress` is called with the bytes read so far and the bytes in all, by one thread at a
+    time.
     """
     table: dict[str, list[Rule]] = {}
     for rule in rules:
@@ -203,7 +213,7 @@ def fill(
                 continue
             views, row = building.views(at, transform.flat, transform.transposed, transform.part), 0
             for chunk in tensor.chunks():
-                # Cast first: a transposed write of 2-byte items touches half the memory.
+                # Cast first, because a transposed write of 2-byte items touches half the memory.
                 values = cast(chunk, dtype, name)
                 for view in views:
                     view.write(row, values)
@@ -212,11 +222,14 @@ def fill(
         return building.finish()
 
     def in_int8(parameter: str, building: BuildingInt8) -> Quantized:
-        """A tensor's row is what a channel is made from: torch has [out, in], and a table's rows are rows."""
+        """Fill a parameter in int8.
+
+        A tensor's row becomes a channel: torch has [out, in], and a table's rows are rows.
+        """
         for (name, _, transform), at in rules_of(parameter):
             part = transform.part
             values, row = building.values.views(at, transform.flat, transform.transposed, part), 0
-            # a scale a channel: the part's axes are those of the channels, if it has any
+            # There is a scale for each channel. The part's axes are those of the channels, if it has any.
             shared = building.scale.views(at, FLAT.flat, part=part)
             for chunk in tensors[name].chunks():
                 steps, scale = rounded_rows(chunk, name)
@@ -231,7 +244,11 @@ def fill(
 
 
 def rounded_rows(chunk: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a tensor in int8, and the scale of each."""
+    """Return rows of a tensor in int8, and the scale of each.
+
+    Raises:
+        CheckpointError: int8 cannot hold a number.
+    """
     wide = cast(chunk, np.dtype(np.float32), name)
     try:
         scale = scales(largest_magnitudes(wide, 1))
@@ -241,7 +258,11 @@ def rounded_rows(chunk: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_row(tensor: Tensor, row: int) -> np.ndarray:
-    """A copy of one row of a table."""
+    """Return a copy of one row of a table.
+
+    Raises:
+        IndexError: there is no such row.
+    """
     for chunk in tensor.chunks():
         if row < len(chunk):
             return chunk[row].copy()
@@ -250,7 +271,11 @@ def read_row(tensor: Tensor, row: int) -> np.ndarray:
 
 
 def cast(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The chunk in dtype; CheckpointError if a number is too large for it."""
+    """Return the chunk in dtype.
+
+    Raises:
+        CheckpointError: a number is too large for dtype.
+    """
     with np.errstate(over="raise"):
         try:
             return chunk.astype(dtype, copy=False)

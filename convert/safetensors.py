@@ -1,9 +1,9 @@
 """Reads safetensors files, one or a sharded set: https://huggingface.co/docs/safetensors#format
 
-A file is 8 bytes of header length (little endian), a JSON header, and data. The header is checked in full before any
-data is read, so that a damaged or forged file is a CheckpointError and never a crash or a wrong number. Data is read
-through a small buffer, not mapped: memory does not grow with the file, and a file cut short while it is read is an
-error and not a SIGBUS.
+A file is 8 bytes of header length (little endian), a JSON header, and data. The header is checked completely before any
+data is read. So a damaged or forged file is a CheckpointError, and never a crash or a wrong number. Data is read
+through a small buffer and not mapped. So memory does not grow with the file, and a file that is cut short while it is
+read gives an error and no SIGBUS.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in READABLE.items()} | OTHER_BI
 
 
 class Entry(NamedTuple):
-    """One tensor of a file; begin and end are counted from the file's start."""
+    """One tensor of a file. `begin` and `end` are counted from the file's start."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,9 +45,14 @@ class Entry(NamedTuple):
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor] | None:
-    """All tensors of the folder's model.safetensors or of the shards its index lists; None if it has neither.
+    """Return all tensors of the folder's model.safetensors, or of the shards that its index lists.
 
-    Every header is checked here; data is read later, by `Tensor.chunks`. Raises CheckpointError.
+    None if it has neither.
+
+    Every header is checked here. Data is read later, by `Tensor.chunks`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
     """
     if (folder / SINGLE).exists():
         return open_tensors(folder / SINGLE, read_header(folder / SINGLE))
@@ -76,7 +81,11 @@ def open_tensors(path: Path, entries: dict[str, Entry]) -> dict[str, Tensor]:
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
-    """The shards that an index lists, each with the names of its tensors."""
+    """Return the shards that an index lists, each with the names of its tensors.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
     index = parse_json(path, path.read_bytes())
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
@@ -90,7 +99,13 @@ def read_index(path: Path) -> dict[str, set[str]]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The entries of a safetensors file by tensor name, checked: known dtypes, sizes that fit, no gap, no overlap."""
+    """Return the entries of a safetensors file by tensor name.
+
+    They are checked: known dtypes, sizes that fit, no gap, no overlap.
+
+    Raises:
+        CheckpointError: the file is damaged or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             length = path.stat().st_size
@@ -110,7 +125,11 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    """An object from JSON in which no key comes twice."""
+    """Return an object from JSON in which no key comes twice.
+
+    Raises:
+        CheckpointError: the content is not such an object.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -128,7 +147,11 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def parse_entry(path: Path, name: str, value: Any, base: int) -> Entry:
-    """One entry of a header; base is where the data begins."""
+    """Return one entry of a header. `base` is where the data begins.
+
+    Raises:
+        CheckpointError: the entry is not valid.
+    """
     bad = f"{path}: the header's entry of {name} is damaged"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{bad}: it must have dtype, shape and data_offsets")
@@ -145,12 +168,16 @@ def parse_entry(path: Path, name: str, value: Any, base: int) -> Entry:
 
 
 def naturals(value: Any) -> bool:
-    """Whether value is a list of non-negative ints (True and 1.0 are none)."""
+    """Return whether value is a list of non-negative ints. True and 1.0 are no ints here."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def check_cover(path: Path, entries: dict[str, Entry], begin: int, end: int) -> None:
-    """The entries must lie side by side from begin to end, the end of the file."""
+    """Check that the entries lie side by side from begin to end, the end of the file.
+
+    Raises:
+        CheckpointError: there is a gap or an overlap.
+    """
     at = begin
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at:
@@ -165,7 +192,11 @@ def check_cover(path: Path, entries: dict[str, Entry], begin: int, end: int) -> 
 
 
 def read_chunks(path: Path, name: str, entry: Entry) -> Iterator[np.ndarray]:
-    """The rows of one tensor, about CHUNK_BYTES at a time, all in the same buffer."""
+    """Yield the rows of one tensor, about CHUNK_BYTES at a time, all in the same buffer.
+
+    Raises:
+        CheckpointError: the file ended within the tensor.
+    """
     dtype, shape = READABLE[entry.dtype], entry.shape or (1,)
     if entry.begin == entry.end:
         return
@@ -175,7 +206,7 @@ def read_chunks(path: Path, name: str, entry: Entry) -> Iterator[np.ndarray]:
         file.seek(entry.begin)
         for start in range(0, shape[0], rows):
             chunk = buffer[: shape[0] - start]
-            # Through a view of bytes, because bfloat16 has no buffer protocol.
+            # Read through a view of bytes, because bfloat16 has no buffer protocol.
             left = chunk.reshape(-1).view(np.uint8).data
             while len(left):
                 count = file.readinto(left)
@@ -186,6 +217,6 @@ def read_chunks(path: Path, name: str, entry: Entry) -> Iterator[np.ndarray]:
 
 
 def some(names: list[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

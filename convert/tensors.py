@@ -18,14 +18,17 @@ READABLE = {
 """The dtypes that parameters are read from, by the names that safetensors gives them."""
 
 CHUNK_BYTES = 256 * 1024
-"""Rows are handed out in chunks of about this size: they are cast and transposed while they lie in the L2 cache."""
+"""Rows come in chunks of about this size. They are cast and transposed while they lie in the L2 cache."""
 
 
 class Tensor(NamedTuple):
-    """dtype: as safetensors names it, which may be one that is not READABLE. where: the file, for messages.
+    """One tensor of a checkpoint.
 
-    chunks yields consecutive rows (slices of the first axis; a scalar counts as one row) of about CHUNK_BYTES each.
-    A chunk is valid only until the next one is asked for.
+    Attributes:
+        dtype: the name of the dtype in safetensors. It may be one that is not READABLE.
+        where: the file, for messages.
+        chunks: a function that yields consecutive rows of about CHUNK_BYTES each. Rows are slices of the first axis; a
+            scalar counts as one row. A chunk is valid only until the next one is asked for.
     """
 
     dtype: str
@@ -35,10 +38,10 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in a READABLE dtype."""
+        """The bytes of the tensor, for a READABLE dtype."""
         return math.prod(self.shape) * READABLE[self.dtype].itemsize
 
 
 def rows_per_chunk(shape: tuple[int, ...], itemsize: int) -> int:
-    """How many rows of a tensor of that shape make about CHUNK_BYTES; at least one."""
+    """Return how many rows of a tensor of that shape make about CHUNK_BYTES. It is at least one."""
     return max(1, CHUNK_BYTES // max(1, math.prod(shape[1:]) * itemsize))

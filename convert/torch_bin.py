@@ -1,4 +1,4 @@
-"""Reads PyTorch's pickled checkpoints, for `jaxrank convert` alone: weights only, so that no code in them is run."""
+"""Reads PyTorch's pickled checkpoints, only for `jaxrank convert`. It reads weights only, so no code in them is run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ from jaxrank.errors import CheckpointError
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 OLDEST = (2, 6)
-"""Before torch 2.6 `weights_only=True` could be bypassed (CVE-2025-32434)."""
+"""The oldest version of torch that is used. Before torch 2.6 `weights_only=True` could be bypassed (CVE-2025-32434)."""
 
 DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 def offers_torch(folder: Path) -> bool:
-    """Whether the folder holds PyTorch weights."""
+    """Return whether the folder holds PyTorch weights."""
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of pytorch_model.bin or of the shards its index lists. Raises CheckpointError."""
+    """Return all tensors of pytorch_model.bin, or of the shards that its index lists.
+
+    Raises:
+        CheckpointError: torch is missing or too old, or a file is missing or damaged.
+    """
     torch = import_torch(folder)
     tensors: dict[str, Tensor] = {}
     for path in files(folder):
@@ -42,7 +46,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def import_torch(folder: Path) -> Any:
-    """The torch module, if it is there and young enough."""
+    """Return the torch module.
+
+    Raises:
+        CheckpointError: torch is not installed or too old.
+    """
     try:
         import torch
     except ImportError as error:
@@ -57,7 +65,11 @@ def import_torch(folder: Path) -> Any:
 
 
 def files(folder: Path) -> list[Path]:
-    """The .bin files, in order."""
+    """Return the .bin files, in order.
+
+    Raises:
+        CheckpointError: the index is damaged, or lists a file that is not in the folder.
+    """
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     try:
@@ -71,10 +83,14 @@ def files(folder: Path) -> list[Path]:
 
 
 def load_file(torch: Any, path: Path) -> dict[str, Any]:
-    """One file's tensors by name, mapped where the file's format allows it."""
+    """Return one file's tensors by name. They are mapped if the file's format allows it.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something other than a table of tensors.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a hostile or damaged pickle fails in any way it likes
+    except Exception as error:  # a hostile or damaged pickle can fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path} cannot be read as weights ({reason}); it is damaged, or holds more than tensors. Do not trust "
@@ -86,12 +102,12 @@ def load_file(torch: Any, path: Path) -> dict[str, Any]:
 
 
 def read_chunks(torch: Any, tensor: Any) -> Iterator[np.ndarray]:
-    """The rows of a torch tensor, about CHUNK_BYTES at a time."""
+    """Yield the rows of a torch tensor, about CHUNK_BYTES at a time."""
     tensor = tensor.detach().reshape(tensor.shape or (1,))
     rows = rows_per_chunk(tuple(tensor.shape), tensor.element_size())
     for start in range(0, tensor.shape[0], rows):
         chunk = tensor[start : start + rows].contiguous()
-        if tensor.dtype == torch.bfloat16:  # numpy() does not know it
+        if tensor.dtype == torch.bfloat16:  # numpy() does not know bfloat16
             yield chunk.view(torch.uint16).numpy().view(jnp.bfloat16)
         else:
             yield chunk.numpy()

@@ -33,12 +33,12 @@ ENDS = (
     Rule("classifier.out_proj.bias", "head/bias", FLAT),
 )
 
-# A buffer that counts 0, 1, 2 ..., and a pooler that the classification head does not use.
+# These are a buffer that counts 0, 1, 2 ..., and a pooler that the classification head does not use.
 IGNORED = frozenset(["roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"])
 
 
 def rules(config: XLMRobertaConfig, folder: Path, tensors: Collection[str]) -> list[Rule]:
-    """The whole table for a model of that many layers; the last layer has a place of its own in the model."""
+    """Return the whole table for a model of that many layers. The last layer has a place of its own in the model."""
     places = enumerate(layer_places(config.layers))
     layer = [*LAYER, *qkv(config.width // config.heads)]
     layers = (rule.under(f"roberta.encoder.layer.{i}.", place) for i, place in places for rule in layer)
@@ -46,7 +46,10 @@ def rules(config: XLMRobertaConfig, folder: Path, tensors: Collection[str]) -> l
 
 
 def qkv(size: int) -> list[Rule]:
-    """Queries, keys and values of a layer with heads of that size, which the model has in one."""
+    """Return the rules for queries, keys and values of a layer with heads of that size.
+
+    The model has them in one parameter.
+    """
     found = []
     for i, name in enumerate(("query", "key", "value")):
         for tensor, parameter, transform in (("weight", "kernel", LINEAR), ("bias", "bias", SAME)):

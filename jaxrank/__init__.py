@@ -29,7 +29,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What needs JAX, on first use: importing it takes a second that `jaxrank --version` need not wait for."""
+    """Import what needs JAX at first use.
+
+    The import takes a second, and `jaxrank --version` need not wait for it.
+    """
     if name == "CrossEncoder":
         from jaxrank.cross_encoder import CrossEncoder
 

@@ -1,7 +1,7 @@
-"""Load on a rerank server over HTTP, of any dialect, and what came of it.
+"""Sends load to a rerank server over HTTP, in any dialect, and reports the results.
 
-Clients are threads on http.client with ready-made bodies, because load often shares the cores with the server: that
-takes 0.1 to 0.4 ms of CPU a request, asynchronous clients 1 to 6 ms.
+Clients are threads on http.client with ready-made bodies, because the load often shares the cores with the server. They
+take 0.1 to 0.4 ms of CPU for each request. Asynchronous clients take 1 to 6 ms.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ PATHS = {
     "infinity": "/rerank",
     "llamacpp": "/v1/reranking",
 }
-"""Where the clients of each dialect ask."""
+"""The path of the requests of each dialect."""
 
 REFUSED = (429, 503)
-"""Statuses of a server that is too busy."""
+"""The statuses of a server that is too busy."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """What one request asks. documents: of text."""
+    """The content of one request. The documents are texts."""
 
     query: str
     documents: Sequence[str]
@@ -52,7 +52,18 @@ class Query:
 
 @dataclass(frozen=True)
 class Target:
-    """Whom to ask, and how. url: of the server, with a path before the dialect's if it has one."""
+    """The server that gets the requests, and the form of the requests.
+
+    Args:
+        url: the server's address. It may have a path, which comes before the dialect's.
+        dialect: one of PATHS.
+        model: the name of the model in requests.
+        api_key: the key in requests, or None.
+        timeout_s: the seconds to wait for a connection or an answer.
+
+    Raises:
+        RequestError: the dialect is unknown, or the address is not valid.
+    """
 
     url: str
     dialect: str = "sglang"
@@ -68,24 +79,24 @@ class Target:
             raise RequestError(f"{self.url!r} is no URL of a server; it looks like http://127.0.0.1:30000")
 
     def connect(self) -> HTTPConnection:
-        """A connection, which opens at the first request."""
+        """Return a connection. It opens at the first request."""
         parts = urlsplit(self.url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         return kind(cast(str, parts.hostname), parts.port, timeout=self.timeout_s)
 
     @property
     def path(self) -> str:
-        """Where requests go."""
+        """The path of requests."""
         return urlsplit(self.url).path.rstrip("/") + PATHS[self.dialect]
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request."""
+        """The headers of every request."""
         named = {"Content-Type": "application/json", "X-Rerank-Dialect": self.dialect}
         return named if self.api_key is None else {**named, "Authorization": f"Bearer {self.api_key}"}
 
     def body(self, query: Query) -> bytes:
-        """The request in the dialect."""
+        """Return the body of a request in the dialect."""
         documents = "texts" if self.dialect == "tei" else "documents"
         asked: dict[str, Any] = {"query": query.query, documents: list(query.documents)}
         if self.dialect != "tei":
@@ -95,7 +106,11 @@ class Target:
         return json.dumps(asked).encode()
 
     def served_model(self) -> str:
-        """The first name that GET /v1/models lists; "model" if it lists none. Raises RequestError: nobody answers."""
+        """Return the first name that GET /v1/models lists, or "model" if it lists none.
+
+        Raises:
+            RequestError: nobody answers.
+        """
         with contextlib.closing(self.connect()) as connection:
             try:
                 connection.request("GET", urlsplit(self.url).path.rstrip("/") + "/v1/models", headers=self.headers)
@@ -109,11 +124,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one request. Times are of time.perf_counter().
+    """The result of one request. Times are of time.perf_counter().
 
-    which: the request's place among the bodies. planned: when it was to be sent, which in a closed loop is when it was.
-    status: of HTTP; 0 if nothing came. wrong: what is wrong with the answer itself, or "". retry_after: whether the
-    server said when to come back.
+    Attributes:
+        which: the request's place among the bodies.
+        planned: the time when it was to be sent. In a closed loop this is the time when it was sent.
+        status: the HTTP status, or 0 if no answer came.
+        wrong: what is wrong with the answer itself, or "".
+        retry_after: whether the server said when to come back.
     """
 
     which: int
@@ -126,19 +144,19 @@ class Outcome:
 
     @property
     def kind(self) -> str:
-        """ "answered", "refused" because the server is busy, or "failed"."""
+        """One of "answered", "refused" because the server is busy, or "failed"."""
         if self.status in REFUSED:
             return "refused"
         return "failed" if self.status != 200 or self.wrong else "answered"
 
     @property
     def seconds(self) -> float:
-        """From when it was to be sent, so that a generator that falls behind hides no waiting."""
+        """The seconds from the time when it was to be sent. So a generator that is late does not hide waiting time."""
         return self.ended - self.planned
 
 
 class Client:
-    """One connection, used by one thread. observe: told of every request's place, status and answer."""
+    """One connection, used by one thread. `observe` is called with every request's place, status and answer."""
 
     def __init__(
         self, target: Target, bodies: Sequence[bytes], observe: Callable[[int, int, bytes], None] | None = None
@@ -173,7 +191,10 @@ class Client:
         return Outcome(which, planned, sent, ended, status, wrong, retry_after)
 
     def _exchange(self, body: bytes, headers: dict[str, str]) -> HTTPResponse:
-        """Once more where the server has closed a connection that lay idle: it has not seen the request then."""
+        """Send the request, and send it again if the server has closed an idle connection.
+
+        It has not seen the request then.
+        """
         idle, self.fresh = not self.fresh, False
         try:
             self.connection.request("POST", self.target.path, body, headers)
@@ -186,7 +207,7 @@ class Client:
             return self.connection.getresponse()
 
     def close(self) -> None:
-        """Hang up; the next request opens the connection again."""
+        """Close the connection. The next request opens it again."""
         self.connection.close()
         self.fresh = True
 
@@ -198,7 +219,7 @@ def _count(body: bytes) -> int:
 
 
 def _wrong(body: bytes, documents: int) -> str:
-    """What is wrong with a ranking of so many documents; "" if nothing."""
+    """Return what is wrong with a ranking of so many documents, or "" if nothing is."""
     try:
         answer = json.loads(body)
         results = answer if isinstance(answer, list) else answer.get("results", answer.get("data"))
@@ -218,8 +239,12 @@ def closed_loop(
     observe: Callable[[int, int, bytes], None] | None = None,
     tick: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """What came of requests by `clients` that each send the next when they have the answer to the last, in the order
-    of the answers. Ends after so many requests or seconds.
+    """Send requests from `clients` clients. Each sends the next request when it has the answer to the last one.
+
+    The loop ends after so many requests or seconds.
+
+    Returns:
+        The outcomes, in the order of the answers.
     """
     numbers = itertools.count()
     outcomes: list[Outcome] = []
@@ -233,7 +258,7 @@ def closed_loop(
                 outcomes.append(outcome)
                 tick(outcome)
                 if not outcome.status:
-                    time.sleep(0.05)  # a dead server is not asked in a busy loop
+                    time.sleep(0.05)  # do not ask a dead server in a busy loop
 
     _in_threads(work, clients)
     return sorted(outcomes, key=lambda outcome: outcome.ended)
@@ -251,10 +276,13 @@ def open_loop(
     tick: Callable[[Outcome], None] = lambda outcome: None,
     seed: int = 0,
 ) -> list[Outcome]:
-    """What came of `rate` requests a second, sent whether answers come or not, in the order of the answers.
+    """Send `rate` requests a second, whether answers come or not.
 
-    Arrivals are random as from many independent users (a Poisson process). At most `connections` requests are under
-    way; those beyond wait, which counts as their latency. Ends after so many requests or seconds.
+    Arrivals are random, as from many independent users (a Poisson process). At most `connections` requests are in
+    progress. Others wait, which counts as their latency. The loop ends after so many requests or seconds.
+
+    Returns:
+        The outcomes, in the order of the answers.
     """
     outcomes: list[Outcome] = []
     due: queue.SimpleQueue[tuple[int, float] | None] = queue.SimpleQueue()
@@ -291,7 +319,7 @@ def open_loop(
 
 
 def _in_threads(work: Callable[[], None], count: int) -> None:
-    """Run it in so many threads and wait. They do not outlive an interrupted main thread."""
+    """Run the work in so many threads and wait. The threads do not continue after the main thread is interrupted."""
     threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
@@ -301,7 +329,10 @@ def _in_threads(work: Callable[[], None], count: int) -> None:
 
 @dataclass
 class Report:
-    """What a run amounts to. Latencies are milliseconds at the percentiles 50, 90 and 99; None of nothing."""
+    """A summary of a run. Latencies are in milliseconds at the percentiles 50, 90 and 99.
+
+    They are None if there are none.
+    """
 
     requests: int
     answered: int
@@ -318,7 +349,7 @@ class Report:
 
 
 def report(outcomes: Sequence[Outcome], documents: Sequence[int]) -> Report:
-    """Of outcomes in the order of their ends; documents: those of each body."""
+    """Summarise outcomes in the order of their ends. `documents` are the numbers of documents of each body."""
     good, refused, others = (
         [one for one in outcomes if one.kind == kind] for kind in ("answered", "refused", "failed")
     )
@@ -341,7 +372,7 @@ def report(outcomes: Sequence[Outcome], documents: Sequence[int]) -> Report:
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float, float] | None:
-    """50, 90 and 99, in milliseconds."""
+    """Return the percentiles 50, 90 and 99, in milliseconds."""
     if not seconds:
         return None
     p50, p90, p99 = np.percentile(np.array(seconds) * 1e3, (50, 90, 99)).round(2).tolist()
@@ -349,8 +380,10 @@ def percentiles(seconds: Sequence[float]) -> tuple[float, float, float] | None:
 
 
 def made_up(requests: int, documents: int, words: int, seed: int = 0) -> list[Query]:
-    """Requests of English words in random order: queries of 4 to 12, documents of `words` on average, half to one and a
-    half times as many each.
+    """Return requests of English words in random order.
+
+    Queries have 4 to 12 words. Documents have `words` words on average, and each has half to one and a half times as
+    many.
     """
     draw = random.Random(seed)
 

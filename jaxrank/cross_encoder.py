@@ -1,9 +1,9 @@
-"""CrossEncoder: a Reranker behind the interface of sentence-transformers' class of that name (version 6).
+"""CrossEncoder: a Reranker with the interface of the class of that name in sentence-transformers (version 6).
 
 from jaxrank import CrossEncoder  # in place of: from sentence_transformers import CrossEncoder
 
-For programs that score with a cross-encoder and evaluate it; nothing here trains or saves. PyTorch is imported only
-where tensors are asked for, or an activation is one of PyTorch's.
+It is for programs that score with a cross-encoder and evaluate it. It does not train or save. PyTorch is imported only
+if tensors are asked for, or an activation is one of PyTorch's.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from jaxrank import convert
 from jaxrank.errors import CheckpointError, RequestError
 from jaxrank.models import settings_of
 from jaxrank.reranker import BUILTIN, Content, Reranker, sigmoid
-from jaxrank.tokens import PairTokenizer, token_ids
+from jaxrank.text.tokenizer import PairTokenizer, token_ids
 from jaxrank.types import Encoded
 
 Activation = Callable[[Any], Any]
-"""From logits of the shape [n, 1] to scores, each by itself: of a float32 NumPy array, or of a PyTorch tensor."""
+"""A function from logits of the shape [n, 1] to scores, each by itself. It takes a float32 NumPy array or a PyTorch
+tensor."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 DEVICES = {"cpu": ("cpu",), "gpu": ("gpu", "cuda", "rocm"), "tpu": ("tpu", "xla")}
-"""By JAX's name of a platform, how PyTorch's programs name it."""
+"""The names of devices in PyTorch's programs, by JAX's name of the platform."""
 
 WITHOUT_EFFECT = {
     "model_kwargs": ("attn_implementation", "device_map", "low_cpu_mem_usage", "use_safetensors"),
     "processor_kwargs": ("use_fast",),
     "config_kwargs": ("classifier_dropout",),
 }
-"""What may stand in these arguments without a change to any score."""
+"""Values of these arguments that are accepted because they change no score."""
 
 
 def renamed(**names: str | None) -> Callable[[Method], Method]:
-    """A method that also takes earlier names of its arguments; those that have no successor (None) do nothing."""
+    """Let a method also take earlier names of its arguments. Names that have no successor (None) have no effect."""
 
     def decorate(method: Method) -> Method:
         @functools.wraps(method)
@@ -62,14 +63,15 @@ def renamed(**names: str | None) -> Callable[[Method], Method]:
 
 
 def identity(logits: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-    """The logits themselves."""
+    """Return the logits themselves."""
     return logits
 
 
 class Evaluations:
-    """What sentence-transformers' evaluators write into a model's card: kept here, in the order in which it came.
+    """What sentence-transformers' evaluators write into a model's card. It is kept here in the order in which it came.
 
-    results: (evaluator, measures by name, epoch, step).
+    Attributes:
+        results: a list of (evaluator, measures by name, epoch, step).
     """
 
     def __init__(self) -> None:
@@ -80,11 +82,15 @@ class Evaluations:
 
 
 class CrossEncoder:
-    """Scores pairs of texts, with the arguments and results of sentence-transformers' class.
+    """Score pairs of texts, with the arguments and results of sentence-transformers' class.
 
-    Scores are those of that class, but where a text has something that looks like a special token: it stays text here.
-    JAX chooses the devices. `reranker` is the Reranker, `activation_fn` what turns logits into scores,
-    `model_card_data` holds what evaluators found.
+    The scores are those of that class, with one exception: a part of a text that looks like a special token stays text
+    here. JAX chooses the devices.
+
+    Attributes:
+        reranker: the Reranker.
+        activation_fn: the function that turns logits into scores.
+        model_card_data: what evaluators found.
     """
 
     @renamed(
@@ -116,19 +122,34 @@ class CrossEncoder:
         keep_in_fp32_modules: Sequence[str] | None = None,
         **settings: Any,
     ) -> None:
-        """Load a model by Hugging Face id or folder, None being the small built-in one.
+        """Load a model by its Hugging Face id or from a folder.
 
-        prompts, default_prompt_name: texts by name, besides those that the folder has, and which is used where
-        `predict` names none: the instruct of models that read one, else put before the query. cache_folder, revision,
-        local_files_only, token: of the download. model_kwargs: "dtype", by default config.json's (float32 for all but
-        bfloat16). processor_kwargs: "model_max_length", the same as max_length, by default the tokenizer's
-        model_max_length where the model takes that, else Reranker's default. activation_fn: by default what the
-        folder's configuration names, of torch.nn, else the sigmoid. num_labels: 1. settings: Reranker.from_pretrained's
-        own, such as dtype, quantization, row_tokens, chat_template.
+        Some arguments have no effect. These are `device` (with a warning if it is not JAX's), `trust_remote_code` (no
+        code of a model is run), and those that WITHOUT_EFFECT lists.
 
-        Without effect: device (with a warning, if it is not JAX's), trust_remote_code (no code of a model's is run),
-        and what WITHOUT_EFFECT lists. Refused with RequestError: modules, keep_in_fp32_modules, other backends than
-        "torch", other numbers of labels, other entries of the three dictionaries. ModelError: it cannot be loaded.
+        Args:
+            model_name_or_path: the Hugging Face id or the folder. None loads the small built-in model.
+            prompts: texts by name, in addition to those that the folder has. A text is the instruct of models that read
+                one. For others it is put before the query.
+            default_prompt_name: the name of the text that is used if `predict` names none.
+            cache_folder: the cache folder of the download.
+            revision: the revision of the download.
+            local_files_only: whether nothing is downloaded.
+            token: the token of the download.
+            model_kwargs: "dtype". The default follows config.json: bfloat16 if it says bfloat16, and float32 for all
+                others.
+            processor_kwargs: "model_max_length", the same as max_length.
+            num_labels: 1.
+            max_length: the most tokens of a pair. The default is the tokenizer's model_max_length if the model takes
+                it, else Reranker's default.
+            activation_fn: the activation. The default is the one of torch.nn that the folder's configuration names,
+                else the sigmoid.
+            **settings: arguments of Reranker.from_pretrained, such as dtype, quantization, row_tokens, chat_template.
+
+        Raises:
+            RequestError: an argument is refused. These are modules, keep_in_fp32_modules, backends other than "torch",
+                other numbers of labels, and other entries of the three dictionaries.
+            ModelError: the model cannot be loaded.
         """
         of_model, of_tokenizer, of_config = (dict(one or {}) for one in (model_kwargs, processor_kwargs, config_kwargs))
         dtype = of_model.pop("dtype", of_model.pop("torch_dtype", None))
@@ -165,7 +186,7 @@ class CrossEncoder:
         prompts = {**(saved.get("prompts") or {}), **(prompts or {})}
         self.prompts = {name: text or "" for name, text in prompts.items()}
         self.default_prompt_name = default_prompt_name or saved.get("default_prompt_name")
-        self._prompt(None, None)  # the default one is there
+        self._prompt(None, None)  # this checks that the default one is there
         self.activation_fn: Activation = activation_fn or saved_activation(saved, config)
         self.model_card_data = Evaluations() if model_card_data is None else model_card_data
 
@@ -173,7 +194,7 @@ class CrossEncoder:
 
     @property
     def max_seq_length(self) -> int:
-        """Most tokens of a pair, with its special ones."""
+        """The most tokens of a pair, with its special tokens."""
         return self.reranker.max_length
 
     max_length = max_seq_length
@@ -195,14 +216,26 @@ class CrossEncoder:
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Scores of (query, document) pairs of texts, in their order, or of a single pair.
+        """Score (query, document) pairs of texts, in their order, or a single pair.
 
-        A float32 array [n], a float32 scalar for a single pair; convert_to_tensor: a tensor [n] on CPU, or []; neither
-        that nor convert_to_numpy: a list of tensors [], or one. prompt, prompt_name: see __init__; a prompt itself goes
-        before a name. activation_fn: instead of the model's; it is called with a NumPy array [n, 1], and where it
-        takes none (TypeError, AttributeError) with a tensor. show_progress_bar: a bar for long jobs on a terminal; None
-        for none. Without effect: batch_size (rows are packed by tokens; it must be positive), apply_softmax (there is
-        one label), device, pool, chunk_size, num_workers. RequestError: what is no pair of texts, other arguments.
+        These arguments have no effect: batch_size (rows are packed by tokens; it must be positive), apply_softmax
+        (there is one label), device, pool, chunk_size, num_workers.
+
+        Args:
+            prompt: the prompt itself; see __init__. It has priority over `prompt_name`.
+            prompt_name: the name of a prompt; see __init__.
+            activation_fn: an activation instead of the model's. It is called with a NumPy array [n, 1]. If it takes
+                none (TypeError, AttributeError), it is called with a tensor.
+            convert_to_tensor: whether the result is a tensor.
+            convert_to_numpy: whether the result is a NumPy array.
+            show_progress_bar: whether a bar is shown for long jobs on a terminal. None shows none.
+
+        Returns:
+            A float32 array [n], or a float32 scalar for a single pair. With convert_to_tensor it is a tensor [n] on
+            CPU, or []. With neither that nor convert_to_numpy it is a list of tensors [], or one tensor.
+
+        Raises:
+            RequestError: the input is no pair of texts, or an argument is unknown.
         """
         if kwargs:
             raise RequestError(f"predict takes no {next(iter(kwargs))}; leave it out")
@@ -245,10 +278,16 @@ class CrossEncoder:
         pool: Any = None,
         chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
-        """The documents by falling score, ties by their order, at most top_k of them.
+        """Sort the documents by falling score, at most top_k of them. Equal scores keep their order.
 
-        Each is {"corpus_id": its place, "score": a float}, with return_documents also "text": itself. Models that see
-        take images and videos, as Reranker.rank does. The other arguments are those of `predict`.
+        Models that see take images and videos, as Reranker.rank does. The other arguments are those of `predict`.
+
+        Returns:
+            One dictionary for each document: {"corpus_id": its place, "score": a float}. With return_documents it has
+            the document itself as "text".
+
+        Raises:
+            RequestError: as in `predict`.
         """
         check_device(device)
         check_batch_size(batch_size)
@@ -265,19 +304,22 @@ class CrossEncoder:
         ]
 
     def evaluate(self, evaluator: Callable[..., Any], output_path: str | None = None) -> Any:
-        """What one of sentence-transformers' evaluators says of this model. output_path: where it writes its table."""
+        """Return what one of sentence-transformers' evaluators says of this model.
+
+        It writes its table to `output_path`.
+        """
         if output_path is not None:
             Path(output_path).mkdir(parents=True, exist_ok=True)
         return evaluator(self, output_path)
 
     def _logits(self, pairs: Sequence[Any], encoded: list[Encoded], show_progress_bar: bool | None) -> np.ndarray:
-        """The float32 logits [n] of pairs."""
+        """Return the float32 logits [n] of pairs."""
         if isinstance(self.reranker.tokenizer, PairTokenizer):
             encoded = cut_longest_first(self.reranker.tokenizer, pairs, encoded)
         return self.reranker.score_encoded(encoded, progress=bool(show_progress_bar))
 
     def _prompt(self, prompt: str | None, name: str | None) -> str | None:
-        """What is put before the queries, or instructs the model; None for nothing."""
+        """Return the text that is put before the queries or instructs the model, or None for nothing."""
         if prompt is not None:
             return prompt or None
         name = self.default_prompt_name if name is None else name
@@ -290,9 +332,12 @@ class CrossEncoder:
 
 
 def is_single(inputs: Any) -> bool:
-    """Whether these are one pair, not several, as sentence-transformers tells them. RequestError for what is neither.
+    """Return whether the input is one pair and not several, by the rules of sentence-transformers.
 
-    One pair: a sequence whose first element is none, or an array of one dimension.
+    One pair is a sequence whose first element is not a sequence, or an array of one dimension.
+
+    Raises:
+        RequestError: the input is neither.
     """
     if isinstance(inputs, np.ndarray):
         return inputs.ndim == 1 and inputs.size > 0
@@ -308,8 +353,11 @@ def is_pair(pair: Any) -> bool:
 def cut_longest_first(
     tokenizer: PairTokenizer, pairs: Sequence[tuple[str, str]], encoded: list[Encoded]
 ) -> list[Encoded]:
-    """Pairs that are too long, cut as transformers' "longest_first" does: the longer text to the length of the other,
-    then both alike. The tokenizer's own way differs where the query has more than half of the room."""
+    """Cut pairs that are too long, as "longest_first" of transformers does.
+
+    The longer text is cut to the length of the other, then both are cut equally. The tokenizer's own way differs if the
+    query has more than half of the room.
+    """
     room = tokenizer.max_length - 4
     whole = {pairs[i][0]: np.zeros(0, np.int32) for i, pair in enumerate(encoded) if pair.dropped}
     for query, ids in zip(whole, token_ids(tokenizer.tokenizer, list(whole)), strict=True):
@@ -327,11 +375,21 @@ def cut_longest_first(
 
 
 def check_left_out(argument: str, entries: Mapping[str, Any]) -> None:
+    """Check that a dictionary has only entries that have no effect.
+
+    Raises:
+        RequestError: it has others.
+    """
     if odd := [name for name in entries if name not in WITHOUT_EFFECT[argument]]:
         raise RequestError(f"{argument} has {odd[0]!r}, which is not done here; leave it out")
 
 
 def check_batch_size(size: int) -> None:
+    """Check that the batch size is positive.
+
+    Raises:
+        RequestError: it is not.
+    """
     if size <= 0:
         raise RequestError(f"batch_size is {size}; it must be at least 1")
 
@@ -346,7 +404,11 @@ def check_device(device: Any) -> None:
 
 
 def activated(function: Activation, logits: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-    """The scores that a function makes of the logits. Raises RequestError if it is not one for each."""
+    """Return the scores that a function makes of the logits.
+
+    Raises:
+        RequestError: there is not one score for each logit.
+    """
     try:
         scores = function(logits[:, None])
     except (TypeError, AttributeError):
@@ -363,23 +425,26 @@ def activated(function: Activation, logits: Float32[np.ndarray, " n"]) -> Float3
 
 
 def saved_length(folder: Path, config: Mapping[str, Any]) -> int | None:
-    """The tokenizer's limit, if it is one of the model's; None for models that read a prompt."""
+    """Return the tokenizer's limit, if the model takes it. Models that read a prompt give None."""
     family, model = settings_of(dict(config))
     limit = read_object(folder / "tokenizer_config.json").get("model_max_length")
     return limit if family.prompts is None and isinstance(limit, int) and limit <= model.max_length else None
 
 
 def saved_dtype(config: Mapping[str, Any]) -> str:
-    """ "bfloat16" for a model that is published so, else "float32"."""
+    """Return "bfloat16" for a model that is published so, else "float32"."""
     both = {**(config.get("text_config") or {}), **config}
     return "bfloat16" if both.get("dtype", both.get("torch_dtype")) == "bfloat16" else "float32"
 
 
 def saved_activation(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Activation:
-    """The activation that a folder names: config_sentence_transformers.json, else config.json, else the sigmoid.
+    """Return the activation that a folder names.
 
-    A class of torch.nn alone; others are left aside with a warning, as sentence-transformers does unless told to
-    trust them.
+    config_sentence_transformers.json comes first, then config.json, then the sigmoid. Only classes of torch.nn are
+    used. Others are ignored with a warning. sentence-transformers does so too, if it does not trust them.
+
+    Raises:
+        CheckpointError: the activation cannot be loaded.
     """
     name = (
         saved.get("activation_fn")
@@ -399,7 +464,11 @@ def saved_activation(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Act
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object, {} where there is no such file. Raises CheckpointError."""
+    """Return the object in a JSON file, or {} if there is no such file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:

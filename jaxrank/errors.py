@@ -1,27 +1,32 @@
-"""What can go wrong, as one small tree.
+"""The errors of jaxrank, as one small tree.
 
     JaxrankError
-    ├── RequestError       a query, document or argument that cannot be scored; the caller can mend it
-    │   ├── TooLongError   a pair that does not fit and may not be truncated
-    │   └── MediaError     an image or video that cannot be had, read or taken
-    └── ModelError         a model that cannot be loaded, converted or saved
-        ├── CheckpointError    files missing, damaged, or not matching the model
-        └── UnsupportedError   an architecture or configuration that jaxrank does not implement
+    ├── RequestError       a query, document or argument cannot be scored; the caller can correct it
+    │   ├── TooLongError   a pair does not fit and may not be truncated
+    │   └── MediaError     an image or video cannot be fetched, read or accepted
+    └── ModelError         a model cannot be loaded, converted or saved
+        ├── CheckpointError    files are missing, damaged, or do not match the model
+        └── UnsupportedError   jaxrank does not implement the architecture or configuration
 
-Messages say what came, what is allowed, and what to do.
+A message says what was received, what is allowed, and what to do.
 """
 
 
 class JaxrankError(Exception):
-    """Base of every error that jaxrank raises on purpose."""
+    """The base class of every error that jaxrank raises on purpose."""
 
 
 class RequestError(JaxrankError, ValueError):
-    """A query, document or argument that cannot be scored."""
+    """A query, document or argument cannot be scored."""
 
 
 class TooLongError(RequestError):
-    """A pair longer than the limit, where truncation was refused. tokens: what it has, at least. limit: what it may."""
+    """A pair is longer than the limit, and truncation was refused.
+
+    Attributes:
+        tokens: the number of tokens that the pair has at least.
+        limit: the number of tokens that it may have.
+    """
 
     def __init__(self, message: str, tokens: int | None = None, limit: int | None = None) -> None:
         super().__init__(message)
@@ -30,11 +35,14 @@ class TooLongError(RequestError):
 
 
 class MediaError(RequestError):
-    """An image or video that cannot be had, read or taken.
+    """An image or video cannot be fetched, read or accepted.
 
-    code: a stable name of the reason. The text is one of a fixed set, without anything of the file, the address or the
-    decoder; it goes on after "the file is", "the address is" and the like, so that a caller can put the place of the
-    media before it. index: which of several media, where they were given as a list.
+    The text is one of a fixed set. It contains nothing from the file, the address or the decoder. It continues a
+    sentence such as "the file is" or "the address is", so that a caller can put the place of the media before it.
+
+    Attributes:
+        code: a stable name of the reason.
+        index: the place of the item where several were given as a list.
     """
 
     def __init__(self, code: str, reason: str, index: int | None = None) -> None:
@@ -44,12 +52,12 @@ class MediaError(RequestError):
 
 
 class ModelError(JaxrankError):
-    """A model that cannot be loaded, converted or saved."""
+    """A model cannot be loaded, converted or saved."""
 
 
 class CheckpointError(ModelError):
-    """Files of a model that are missing, damaged, or do not match the model."""
+    """Files of a model are missing, damaged, or do not match the model."""
 
 
 class UnsupportedError(ModelError):
-    """An architecture or configuration that jaxrank does not implement."""
+    """jaxrank does not implement the architecture or configuration."""

@@ -1,6 +1,6 @@
 """Rerankers as cross-encoders of MTEB: `mteb.evaluate(MTEBReranker("BAAI/bge-reranker-v2-m3"), tasks)`.
 
-Needs the package mteb (`jaxrank[mteb]`).
+This needs the package mteb (`jaxrank[mteb]`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from tqdm import tqdm
 from jaxrank.cross_encoder import CrossEncoder
 
 PAIRS = 4096
-"""Scored together: a task can have more than fit into memory as tokens."""
+"""The number of pairs that are scored together. A task can have more than fit into memory as tokens."""
 
 NO_REVISION = "no_revision_available"
-"""MTEB's word for none."""
+"""MTEB's word for no revision."""
 
 EXPERIMENT = ("quantization", "prompt", "chat_template", "default_prompt_name")
-"""Settings that change scores, besides those that a Reranker tells: MTEB keeps results apart by them."""
+"""Settings that change scores, in addition to those that a Reranker reports. MTEB keeps results apart by them."""
 
 
 class MTEBReranker:
-    """A cross-encoder as MTEB's tasks want it. `model` is the CrossEncoder, `mteb_model_meta` its card."""
+    """A cross-encoder in the form that MTEB's tasks need.
+
+    `model` is the CrossEncoder, and `mteb_model_meta` is its card.
+    """
 
     def __init__(
         self,
@@ -37,9 +40,15 @@ class MTEBReranker:
         device: Any = None,
         **settings: Any,
     ) -> None:
-        """model: one that is loaded, or what CrossEncoder loads, with its settings; scores are those of its activation.
+        """Wrap a loaded model, or load one.
 
-        Raises what CrossEncoder raises.
+        Args:
+            model: a loaded model, or what CrossEncoder loads. Scores are those of its activation.
+            settings: the settings of CrossEncoder.
+
+        Raises:
+            RequestError: as in CrossEncoder.
+            ModelError: as in CrossEncoder.
         """
         revision = None if revision == NO_REVISION else revision
         named = not isinstance(model, CrossEncoder)
@@ -54,7 +63,7 @@ class MTEBReranker:
                 name=str(Path(reranker.name).resolve()) if Path(reranker.name).is_dir() else reranker.name,
                 revision=revision or NO_REVISION,
                 loader=MTEBReranker if named and model is not None else None,
-                loader_kwargs={name: value for name, value in settings.items() if name != "token"},  # it is saved
+                loader_kwargs={name: value for name, value in settings.items() if name != "token"},  # this is saved
                 framework=["JAX"],
                 model_type=["cross-encoder"],
                 modalities=["text"],
@@ -76,10 +85,12 @@ class MTEBReranker:
         show_progress_bar: bool = True,
         **kwargs: Any,
     ) -> Float32[np.ndarray, " n"]:
-        """A score for each query of `inputs1` with the document of `inputs2` at its place; loaders of MTEB's batches.
+        """Score each query of `inputs1` with the document of `inputs2` at its place.
 
-        Queries have their instruction behind them, where a task has such, as MTEB writes them; models that read an
-        instruct get both apart. kwargs: of CrossEncoder.predict.
+        Both are loaders of MTEB's batches.
+
+        If a task has instructions, queries have theirs behind them, as MTEB writes them. Models that read an instruct
+        get the two separately. `kwargs` are those of CrossEncoder.predict.
         """
         apart = self.model.reranker.takes_instruct
         pairs = zip(queries(inputs1, apart), (text for batch in inputs2 for text in batch["text"]), strict=True)
@@ -94,7 +105,7 @@ class MTEBReranker:
 
 
 def queries(batches: Iterable[Mapping[str, Any]], apart: bool) -> Iterator[tuple[str, str | None]]:
-    """The queries of MTEB's batches, each with its instruction where it has one and they are to be apart."""
+    """Return the queries of MTEB's batches. Each has its instruction, if it has one and the two must be separate."""
     for batch in batches:
         if apart and "instruction" in batch:
             yield from zip(batch["query"], batch["instruction"], strict=True)

@@ -1,8 +1,8 @@
 """Rerank files larger than memory, with Ray Data: `python -m jaxrank.ray_data INPUT... --output FOLDER`.
 
-Rows have a query and a list of documents; what comes out has `scores` in place of the documents, in their order. Each
-part of the input (see parts) becomes one file of the output, which is there whole or not at all. A job that ended, for
-whatever reason, is taken up by the same command: parts that are there are not done again, all others are done whole.
+Rows have a query and a list of documents. The output has `scores` in place of the documents, in their order. Each part
+of the input (see parts) becomes one file of the output, which is either complete or not there. If a job ended, for any
+reason, the same command continues it. Finished parts are not done again, and all others are done as a whole.
 """
 
 from __future__ import annotations
@@ -19,50 +19,63 @@ import ray  # pyright: ignore[reportMissingImports]
 import ray.data  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-from jaxrank import parts
 from jaxrank.cli import model
 from jaxrank.cli.numbers import count, seconds
 from jaxrank.errors import JaxrankError, RequestError
+from jaxrank.offline import parts
+from jaxrank.offline.parts import Part
 from jaxrank.offline.rerank import BATCH_ROWS, batches, score
-from jaxrank.parts import Part
 from jaxrank.reranker import sigmoid
 
 JOB, SKIPPED = "_job.json", "_skipped"
-"""What the folder's job is; folder of what was skipped, a file for each part that skipped something."""
+"""The file that describes the folder's job, and the folder of skipped rows.
+
+The latter has a file for each part that skipped some.
+"""
 
 BLOCKS = 10_000
-"""Most tasks that Ray Data is given."""
+"""The most tasks that Ray Data is given."""
 
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="python -m jaxrank.ray_data", description="Rerank files with Ray Data.")
     command.add_argument("inputs", nargs="+", help=".jsonl, .ndjson or .parquet files, or folders of them")
-    command.add_argument("--output", required=True, metavar="FOLDER", help="which every node of the cluster sees")
+    command.add_argument(
+        "--output", required=True, metavar="FOLDER", help="a folder that every node of the cluster sees"
+    )
     command.add_argument("--model", help="Hugging Face id or folder; default: the built-in model")
     command.add_argument("--query-field", default="query", metavar="NAME")
     command.add_argument("--documents-field", default="documents", metavar="NAME")
-    command.add_argument("--raw", action="store_true", help="logits, not probabilities")
+    command.add_argument("--raw", action="store_true", help="write logits instead of probabilities")
     command.add_argument("--skip-bad-rows", action="store_true",
-                         help=f"note them in FOLDER/{SKIPPED} and go on; the first ends the job else")  # fmt: skip
+                         help=f"write them to FOLDER/{SKIPPED} and continue; else the first ends the job")  # fmt: skip
     command.add_argument("--part-bytes", type=count, default=4_000_000, metavar="N",
-                         help="of JSON lines to a part, the most that is done again after an end")  # fmt: skip
-    command.add_argument("--concurrency", type=count, default=1, metavar="N", help="processes with a model each")
-    command.add_argument("--cpus", type=seconds, default=1.0, metavar="N", help="of each, as Ray counts them")
+                         help="bytes of JSON lines in a part; at most so much is done again after an end")  # fmt: skip
+    command.add_argument(
+        "--concurrency", type=count, default=1, metavar="N", help="number of processes, each with a model"
+    )
+    command.add_argument(
+        "--cpus", type=seconds, default=1.0, metavar="N", help="CPUs of each process, as Ray counts them"
+    )
     command.add_argument("--gpus", type=seconds, default=0.0, metavar="N")
     command.add_argument("--tpus", type=seconds, default=0.0, metavar="N")
-    command.add_argument("--address", help="of the Ray cluster; default: RAY_ADDRESS, or one on this machine alone")
-    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+    command.add_argument("--address", help="address of the Ray cluster; default: RAY_ADDRESS, or only this machine")
+    command.add_argument("--no-progress", action="store_true", help="show no progress bar")
     model.model_arguments(command)
     return command
 
 
 PLACEMENT = ("concurrency", "cpus", "gpus", "tpus", "address", "no_progress", "inputs", "output", "compile_cache",
              "data_parallel", "tensor_parallel", "skip_bad_rows")  # fmt: skip
-"""Arguments that may change from one run of a job to the next: the rows of a finished part do not depend on them."""
+"""Arguments that may change from one run of a job to the next. The rows of a finished part do not depend on them."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what is left of the job; the exit status. Raises JaxrankError."""
+    """Do the rest of the job and return the exit status.
+
+    Raises:
+        JaxrankError: the job cannot be done.
+    """
     sources = parts.find(arguments.inputs)
     _begin(arguments, sources)
     every = [part for source in sources for part in parts.cut(source, arguments.part_bytes)]
@@ -79,7 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _begin(arguments: argparse.Namespace, sources: Sequence[parts.Source]) -> None:
-    """Note what the job is, or see that the folder's is the same. Raises RequestError."""
+    """Write down what the job is, or check that the folder's job is the same.
+
+    Raises:
+        RequestError: it is another job.
+    """
     settings = {name: value for name, value in vars(arguments).items() if name not in PLACEMENT}
     job = {"settings": settings, "inputs": [asdict(source) for source in sources]}
     there = parts.names_in(arguments.output)
@@ -100,7 +117,7 @@ def _begin(arguments: argparse.Namespace, sources: Sequence[parts.Source]) -> No
 
 
 def _rerank(arguments: argparse.Namespace, left: Sequence[Part]) -> None:
-    """Have the parts done, by processes with a model each."""
+    """Let processes with a model each do the parts."""
     if not ray.is_initialized():
         ray.init(address=arguments.address, log_to_driver=False)
     context = ray.data.DataContext.get_current()
@@ -125,7 +142,7 @@ def _rerank(arguments: argparse.Namespace, left: Sequence[Part]) -> None:
 
 
 class Worker:
-    """A process with a model: parts in, one file of the output for each."""
+    """A process with a model. It takes parts and writes one file of the output for each."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -133,10 +150,17 @@ class Worker:
         try:
             self.reranker = model.load(arguments, arguments.model)
         except JaxrankError as error:
-            self.error = str(error)  # raised here, Ray would start the process again and again
+            self.error = str(error)  # raised here, it would make Ray start the process again and again
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """batch: one part's fields. What went wrong comes back as text, "" for nothing."""
+        """Rerank one part.
+
+        Args:
+            batch: the part's fields.
+
+        Returns:
+            What went wrong, as text. "" means that nothing did.
+        """
         part = Part(str(batch["file"][0]), int(batch["start"][0]), int(batch["stop"][0]))
         try:
             if not self.error:
@@ -146,7 +170,11 @@ class Worker:
         return {"part": [part.name], "error": [self.error]}
 
     def rerank(self, part: Part) -> None:
-        """Score a part and write its file. Raises RequestError for a bad row, if those are not skipped."""
+        """Score a part and write its file.
+
+        Raises:
+            RequestError: a row is bad, and bad rows are not skipped.
+        """
         asked = self.arguments
         whole = parts.read(part, (asked.query_field, asked.documents_field, "instruct"))
         scores: dict[int, list[float]] = {}
@@ -171,12 +199,16 @@ class Worker:
         for batch in batches(encoded(), BATCH_ROWS * self.reranker.row_tokens):
             for number, logits in score(self.reranker, batch):
                 scores[number] = (logits if asked.raw else sigmoid(logits)).tolist()
-        if skipped:  # before the part itself, with which the part is done
+        if skipped:  # written before the part itself, whose file marks the part as done
             parts.write(asked.output, f"{SKIPPED}/{part.name}.jsonl", "".join(skipped).encode())
         parts.write(asked.output, part.name, whole.output(scores, rows, asked.documents_field))
 
     def _encode(self, row: Any) -> list[Any]:
-        """The tokenised pairs of a row. Raises RequestError."""
+        """Return the tokenised pairs of a row.
+
+        Raises:
+            RequestError: the row is bad.
+        """
         if isinstance(row, RequestError):
             raise row
         for name in (self.arguments.query_field, self.arguments.documents_field):
@@ -189,7 +221,7 @@ class Worker:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status. 1 where the work failed, 2 where the command line is wrong."""
+    """Run the command and return the exit status. It is 1 if the work failed, and 2 if the command line is wrong."""
     arguments = parser().parse_args(argv)
     try:
         return run(arguments)
@@ -201,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # by its module's name, not as __main__, the processes of a cluster find the class
+    # The class is imported by its module's name, not as __main__. So the processes of a cluster find it.
     from jaxrank import ray_data
 
     sys.exit(ray_data.main())

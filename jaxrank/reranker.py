@@ -1,4 +1,4 @@
-"""Reranker: the whole path from texts to scores on one screen."""
+"""The Reranker class: the whole path from texts to scores."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
-from jaxrank import checkpoint, convert
-from jaxrank.attention import Choice, use_implementation
-from jaxrank.calls import Call
-from jaxrank.contents import Contents
+from jaxrank import convert
 from jaxrank.errors import CheckpointError, RequestError
-from jaxrank.media import Preprocessing
-from jaxrank.models import settings_of
+from jaxrank.media.images import Preprocessing
+from jaxrank.media.patches import read_preprocessing
+from jaxrank.models import Family, settings_of
 from jaxrank.models.quantized import check_quantization
-from jaxrank.packing import Features
-from jaxrank.patches import read_preprocessing
-from jaxrank.prompt_tokens import PromptTokenizer
-from jaxrank.prompts import load_prompt
-from jaxrank.scoring import Scorer, take_tower, use_compilation_cache
+from jaxrank.runtime.attention import Choice, use_implementation
+from jaxrank.runtime.calls import Call
+from jaxrank.runtime.compile_cache import use_compilation_cache
+from jaxrank.runtime.packing import Features
+from jaxrank.runtime.programs import take_tower
+from jaxrank.runtime.scorer import Scorer
+from jaxrank.runtime.vision_encoder import Tower
 from jaxrank.sharding import DATA, MODEL, choose_mesh
 from jaxrank.stages import Stages
-from jaxrank.tokens import NO_CUT, Cut, PairTokenizer, Token, check_text, tokens_of, written
-from jaxrank.tower import Tower
+from jaxrank.text.contents import Contents
+from jaxrank.text.prompt_tokens import PromptTokenizer
+from jaxrank.text.prompts import load_prompt
+from jaxrank.text.tokenizer import NO_CUT, Cut, PairTokenizer, Token, check_text, tokens_of, written
+from jaxrank.text.windows import Windows, best_of, documents_of, span_of, splits
 from jaxrank.types import Encoded, Ranked, Work
-from jaxrank.windows import Windows, best_of, documents_of, span_of, splits
+from jaxrank.weights import converted as checkpoint
 
 Content = Any
-"""A query or document: a string, or for models that see, what contents.FORMS says."""
+"""A query or document. It is a string; models that see also take the forms in `contents.FORMS`."""
 
 BUILTIN = Path(__file__).parent / "builtin"
 DTYPES = ("bfloat16", "float32")
@@ -45,10 +48,11 @@ DEFAULT_CACHE = platformdirs.user_cache_path("jaxrank") / "compiled"
 
 
 class Reranker:
-    """Scores how well documents answer a query.
+    """Score how well documents answer a query.
 
-    Build one with `Reranker.from_pretrained`. Scores are probabilities in [0, 1], the sigmoid of the model's logit;
-    `raw=True` gives the logit. Any number of threads may encode; scoring is one call at a time.
+    Build one with `Reranker.from_pretrained`. Scores are probabilities in [0, 1]: the sigmoid of the model's logit.
+    With `raw=True` you get the logit. Any number of threads may encode at the same time, but only one call may score at
+    a time.
     """
 
     def __init__(
@@ -110,24 +114,41 @@ class Reranker:
         progress: Callable[[int, int], None] | None = None,
         stages: Stages | None = None,
     ) -> Reranker:
-        """Load a model by Hugging Face id or folder (published or converted); None is the small built-in model.
+        """Load a model by its Hugging Face id or from a folder (published or converted).
 
-        quantization: "int8" keeps matrices in half of bfloat16's memory, rounded while they are read; None keeps them
-        in dtype, or as a converted folder has them.
-        dtype: of matrices and activations, "bfloat16" or "float32". max_length: tokens of a pair, at most what the
-        model can, by default what its publisher uses; longer pairs are truncated. row_tokens: tokens scored together.
-        prompt, chat_template, instruct: for models that read a prompt, which built-in one ("official", "sglang", "vllm"
-        or "none"), or a Jinja file instead of it (see prompts.load_prompt), and the instruction of requests that have
-        none. preprocessing: for models that see, sizes of images and sampling of video other than the publisher's, by
-        names of patches.CHANGEABLE. load_format: which weights of the folder, one of LOAD_FORMATS; "auto" takes those
-        of a converted folder, else safetensors. weights: False for an outline without them, which cannot score, only
-        `warm_up`, so that the next start finds its programs. compile_cache: where compiled programs are kept for the
-        next start, None for nowhere. data_parallel, tensor_parallel: copies of the weights, and devices that share a
-        copy; by default as many copies as the accelerators allow, each on as few as hold it, and one on CPU.
-        implementation: the attention body, one of kernels.IMPLEMENTATIONS; by default the fastest for the device that
-        is right on it, see `attention`. progress: called with bytes done and bytes in all. stages: a clock that runs
-        already. Raises ModelError if the model cannot be loaded, or the attention body that is named is wrong on the
-        device, RequestError if an argument is off.
+        Args:
+            name_or_folder: the Hugging Face id or the folder. None loads the small built-in model.
+            dtype: the dtype of matrices and activations, "bfloat16" or "float32".
+            quantization: "int8" keeps matrices in half of bfloat16's memory. They are rounded while they are read. None
+                keeps them in `dtype`, or as a converted folder has them.
+            max_length: the most tokens of a pair. Longer pairs are truncated. The default is the limit that the model's
+                publisher uses.
+            row_tokens: the number of tokens that are scored together.
+            prompt: a built-in prompt, "official", "sglang", "vllm" or "none", for models that read a prompt.
+            chat_template: a Jinja file in place of `prompt`; see text.prompts.load_prompt.
+            instruct: the instruction for requests that have none.
+            preprocessing: image sizes and video sampling that replace the publisher's. The names are those in
+                media.patches.CHANGEABLE.
+            revision: the revision of the model on Hugging Face.
+            load_format: which weights of the folder to load, one of LOAD_FORMATS. "auto" takes those of a converted
+                folder, else safetensors.
+            weights: False loads no weights. Such a model can only `warm_up`, which fills the compilation cache.
+            compile_cache: the folder that keeps compiled programs for the next start. None keeps none.
+            data_parallel: the number of copies of the weights. The default is one on CPU, and as many as fit on
+                accelerators.
+            tensor_parallel: the number of devices that share a copy. The default is the smallest number that can hold
+                one.
+            implementation: the attention body, one of kernels.IMPLEMENTATIONS. The default is the fastest one that is
+                right on the device; see `attention`.
+            progress: a function that is called with the bytes done and the bytes in all.
+            stages: a clock that already runs.
+
+        Returns:
+            The model, ready to score.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the named attention body is wrong on the device.
+            RequestError: an argument has a value that is not allowed.
         """
         if dtype not in DTYPES:
             raise RequestError(f"dtype {dtype!r} is unknown; one of {', '.join(DTYPES)}")
@@ -147,28 +168,9 @@ class Reranker:
             if max_length is not None and not 8 <= max_length <= limit:
                 raise RequestError(f"max_length is {max_length}; this model takes 8 to {limit} tokens")
             length = max_length or settings.default_length
-            if family.prompts is not None:
-                if prompt is not None and chat_template is not None:
-                    raise RequestError("prompt and chat_template both say how to write the prompt; give one of them")
-                written = load_prompt(prompt or "official", chat_template, family.prompts)
-                merge = settings.vision.merge if hasattr(settings, "vision") else None
-                tokenizer = PromptTokenizer(folder, length, written, merge)
-                seeing = None if merge is None else read_preprocessing(folder, preprocessing)
-                if preprocessing and seeing is None:
-                    raise RequestError(f"{name} reads text alone; leave out preprocessing, the sizes of images")
-                if instruct is not None:
-                    check_instruct(tokenizer, instruct)
-            else:
-                given: dict[str, Any] = {"prompt": prompt, "chat_template": chat_template, "instruct": instruct}
-                given["preprocessing"] = preprocessing or None
-                if names := [argument for argument, value in given.items() if value is not None]:
-                    raise RequestError(f"{name} reads query and document without a prompt; leave out {names[0]}")
-                tokenizer, seeing = PairTokenizer(folder, length), None
-            if (size := tokenizer.tokenizer.get_vocab_size()) > settings.vocab_size:
-                raise CheckpointError(
-                    f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {settings.vocab_size}; "
-                    "use the tokenizer and the weights of one model"
-                )
+            asking: dict[str, Any] = {"prompt": prompt, "chat_template": chat_template, "instruct": instruct}
+            asking["preprocessing"] = preprocessing or None
+            tokenizer, seeing = _tokenizer(folder, name, family, settings, length, **asking)
             how: dict[str, Any] = dict(dtype=dtype, quantization=quantization)
             converted = load_format == "orbax" or (load_format == "auto" and checkpoint.is_converted(folder))
             if converted:
@@ -177,7 +179,7 @@ class Reranker:
                 load = convert.prepare(folder, **how, formats=formats) if weights else None
             mesh = None
             kept = quantization or (checkpoint.quantization_of(folder) if converted else None)
-            # All that can be wrong with the folder is known by now; from here on the devices are touched.
+            # Every check of the folder is done at this point. The code below uses the devices.
             if jax.default_backend() != "cpu" or (data_parallel, tensor_parallel) != (None, None):
                 outline = checkpoint.outline(config, dtype, kept)
                 mesh = choose_mesh(outline, jax.devices(), data_parallel, tensor_parallel)
@@ -198,7 +200,7 @@ class Reranker:
 
     @property
     def devices(self) -> str:
-        """Where the model lies, in words."""
+        """Describe in words which devices hold the model."""
         if self.mesh is None:
             return f"1 device ({jax.devices()[0].device_kind})"
         copies, share = self.mesh.shape[DATA], self.mesh.shape[MODEL]
@@ -207,39 +209,42 @@ class Reranker:
 
     @property
     def attention(self) -> dict[str, Choice]:
-        """The attention body in use, and those that failed on this device: of the "text" model, and of the "vision"
-        tower where there is one."""
+        """The attention body in use, and the bodies that failed on this device.
+
+        There is one entry for the "text" model, and one for the "vision" tower if there is one.
+        """
         parts = {"text": self.scorer, "vision": self.tower}
         return {name: part.attention for name, part in parts.items() if part is not None}
 
     @property
     def row_tokens(self) -> int:
-        """Tokens that are usually scored together in one packed row."""
+        """The number of tokens that are usually scored together in one packed row."""
         return self.scorer.row_tokens
 
     @property
     def scores_are_logits(self) -> bool:
-        """Whether SGLang's dialect answers this model's raw logit (cross-encoders) or its probability of yes."""
+        """Whether SGLang's dialect answers with the raw logit (cross-encoders) or with the probability of yes."""
         return not self.takes_instruct
 
     @property
     def dtype(self) -> str:
-        """Of matrices and activations."""
+        """The dtype of matrices and activations."""
         return str(self.model.word.dtype)
 
     @property
     def takes_instruct(self) -> bool:
-        """Whether requests can say what is to be judged."""
+        """Whether requests can carry an instruction that says what to judge."""
         return isinstance(self.tokenizer, PromptTokenizer)
 
     @property
     def compilations(self) -> int:
-        """XLA compilations since warm-up ended; stays 0 while serving."""
+        """The number of XLA compilations since warm-up ended. It stays 0 while serving."""
         return self.scorer.compilations
 
     @property
     def compiled(self) -> tuple[int, int]:
-        """Programs compiled so far since the model was loaded, and how many more came from the compilation cache."""
+        """The number of programs compiled since the model was loaded, and the number that came from the compilation
+        cache."""
         return self.scorer.compiled
 
     @property
@@ -248,7 +253,11 @@ class Reranker:
         return self.scorer.work
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
-        """Compile all programs now, one line each to `progress`, instead of at first use."""
+        """Compile all programs now instead of at first use.
+
+        Args:
+            progress: a function that is called with one line of text for each program.
+        """
         self.stages.lap(None)
         if self.tower is not None:
             self.tower.warm_up(progress)
@@ -266,15 +275,29 @@ class Reranker:
         long_document: str = "truncate",
         max_windows: int | None = None,
     ) -> list[Encoded]:
-        """Tokenised pairs, in the documents' order. RequestError on what the model cannot read, TooLongError as asked.
+        """Tokenise one query with its documents.
 
-        truncate: whether pairs that are too long are cut rather than refused. cut: what is left out besides.
-        long_document: "truncate", or "window" to split documents that do not fit max_length and `cut`: one pair for
-        each window of their tokens, those of one document together (see jaxrank.windows, whose best_of finds the best),
-        and `window` says what of the document each has. They overlap by a quarter at least. max_windows: how many all
-        documents that do not fit may come to, None for any number; more raise RequestError.
-        For models that read a prompt, documents share the tokens that they begin with, and texts that stand in the
-        publisher's frame already are taken out of it. Models that see take images and videos, as contents.FORMS says.
+        For models that read a prompt, the tokens at the start that all documents share become one prefix. Texts that
+        already have the publisher's frame around them are taken out of it.
+
+        Args:
+            query: the query.
+            documents: the documents. Models that see take images and videos too, in the forms of contents.FORMS.
+            truncate: whether pairs that are too long are cut. False refuses them.
+            cut: what to leave out in addition.
+            instruct: what to judge, for models that read a prompt. None is the model's default.
+            long_document: "truncate" cuts documents that do not fit max_length and `cut`. "window" splits each of them
+                into windows that overlap by at least a quarter.
+            max_windows: the most windows that all documents that do not fit may have together. None allows any number.
+
+        Returns:
+            The pairs, in the order of the documents. With "window" there is one pair for each window, and the windows
+            of a document stand together. `Encoded.window` says which part of its document each pair has, and
+            jaxrank.text.windows.best_of finds the best one.
+
+        Raises:
+            RequestError: the model cannot read the input, or there are more windows than `max_windows`.
+            TooLongError: a pair is too long and `truncate` is False, or the input does not fit even after a cut.
         """
         if isinstance(documents, str):
             raise RequestError("documents must be a list of strings, got one string; wrap it in a list")
@@ -297,15 +320,27 @@ class Reranker:
         return self.tokenizer.encode(query, documents, instruct=instruct, **how)
 
     def render(self, pair: Encoded) -> str:
-        """A tokenised pair as text, with all that frames it, as the model sees it."""
+        """Return a tokenised pair as text, with its whole frame, as the model sees it."""
         return written(self.tokenizer.tokenizer, self.tokenizer.special, [*pair.prefix.tolist(), *pair.tokens.tolist()])
 
     def tokens_of(self, text: str) -> list[Token]:
-        """The tokens of a text by itself. RequestError if it is no Unicode text."""
+        """Return the tokens of a text by itself.
+
+        Raises:
+            RequestError: the text is not a string of valid Unicode.
+        """
         return tokens_of(self.tokenizer.tokenizer, text)
 
     def score_encoded(self, encoded: Sequence[Encoded], *, progress: bool = False) -> Float32[np.ndarray, " n"]:
-        """The float32 logits of encoded pairs, in their order. A bar is shown for long jobs if asked for."""
+        """Score encoded pairs.
+
+        Args:
+            encoded: the pairs.
+            progress: whether a progress bar is shown for long jobs.
+
+        Returns:
+            The logits of the pairs, in their order.
+        """
         features = self._features(encoded)
         if not progress or sum(map(len, encoded)) < 8 * self.row_tokens:
             return self.scorer(encoded, features)
@@ -318,23 +353,29 @@ class Reranker:
 
     @property
     def ahead(self) -> int:
-        """Tokens that may wait on the device behind the row that runs; 0 is one row at a time."""
+        """The number of tokens that may wait on the device behind the row that runs.
+
+        With 0 there is one row at a time.
+        """
         return self.scorer.ahead
 
     def calls(self, encoded: Sequence[Encoded]) -> Iterator[Call]:
-        """The calls of the device that score encoded pairs, to be run in this order, for who has something to do while
-        they run. What the vision tower makes of images and videos is waited for at once."""
+        """Yield the device calls that score encoded pairs. Run them in this order.
+
+        Use this if the caller has other work to do while the calls run. The features of images and videos are
+        different: this method waits for the vision tower at once.
+        """
         return self.scorer.calls(encoded, self._features(encoded))
 
     def _features(self, encoded: Sequence[Encoded]) -> Features | None:
-        """What the tower makes of the pairs' images and videos, each looked at once; None for a model of text."""
+        """Return the features of the pairs' images and videos, each computed once. A text model gives None."""
         if self.tower is None or self.scorer.features is None:
             return None
         runs = (run for pair in encoded for run in (pair.prefix_media, pair.media) if run is not None)
         return replace(self.scorer.features, of=self.tower.of(one for run in runs for one in run.patches))
 
     def _scores(self, encoded: Sequence[Encoded], raw: bool, progress: bool) -> Float32[np.ndarray, " n"]:
-        """Of each document, that of its best window: probabilities, or logits if `raw`."""
+        """Return the score of each document's best window: probabilities, or logits if `raw`."""
         logits = self.score_encoded(encoded, progress=progress)
         logits = logits[best_of(encoded, logits)]
         return logits if raw else sigmoid(logits)
@@ -349,11 +390,22 @@ class Reranker:
         raw: bool = False,
         progress: bool = True,
     ) -> Float32[np.ndarray, " n"]:
-        """A score for each document, in their order: probabilities, or logits if `raw`.
+        """Score each document against the query.
 
-        instruct: what is to be judged, for models that read a prompt; None is the model's default. long_document:
-        "truncate" leaves out the end of documents that do not fit; "window" splits them, and the score is that of the
-        best window.
+        Args:
+            query: the query.
+            documents: the documents.
+            instruct: what to judge, for models that read a prompt. None is the model's default.
+            long_document: "truncate" leaves out the end of documents that do not fit. "window" splits them, and the
+                score of a document is that of its best window.
+            raw: whether scores are logits instead of probabilities.
+            progress: whether a progress bar is shown for long jobs.
+
+        Returns:
+            The scores, in the order of the documents.
+
+        Raises:
+            RequestError: the model cannot read the input; see `encode`.
         """
         encoded = self.encode(query, documents, instruct=instruct, long_document=long_document)
         return self._scores(encoded, raw, progress)
@@ -368,10 +420,23 @@ class Reranker:
         long_document: str = "truncate",
         progress: bool = True,
     ) -> list[Ranked]:
-        """The documents by falling score (ties by index), at most `top_n` of them.
+        """Sort the documents by falling score. Equal scores keep the order of the input.
 
-        long_document: as in `score`. With "window" each line has the window that the score is of, start and stop in
-        characters: document[slice(*window)] is that passage. Of a list of texts it counts in them joined.
+        Args:
+            query: the query.
+            documents: the documents.
+            instruct: as in `score`.
+            top_n: the most documents to return. None returns all.
+            long_document: as in `score`.
+            progress: whether a progress bar is shown for long jobs.
+
+        Returns:
+            At most `top_n` documents. With "window" each has the window that its score comes from, as start and stop in
+            characters: document[slice(*window)] is that passage. For a document that is a list of texts, the characters
+            are counted in the joined texts.
+
+        Raises:
+            RequestError: `top_n` is less than 1, or the model cannot read the input; see `encode`.
         """
         if top_n is not None and top_n < 1:
             raise RequestError(f"top_n is {top_n}; it must be at least 1")
@@ -392,16 +457,39 @@ class Reranker:
         raw: bool = False,
         progress: bool = True,
     ) -> Float32[np.ndarray, " n"]:
-        """A score for each (query, document) pair, in their order, as sentence-transformers' CrossEncoder.predict."""
+        """Score (query, document) pairs, as CrossEncoder.predict of sentence-transformers does.
+
+        Args:
+            pairs: the pairs.
+            instruct: as in `score`.
+            long_document: as in `score`.
+            raw: whether scores are logits instead of probabilities.
+            progress: whether a progress bar is shown for long jobs.
+
+        Returns:
+            The scores, in the order of the pairs.
+
+        Raises:
+            RequestError: an item is not a pair, or the model cannot read it; see `encode`.
+        """
         encoded = self.encode_pairs(pairs, instruct=instruct, long_document=long_document)
         return self._scores(encoded, raw, progress)
 
     def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], *, instruct: str | None = None, long_document: str = "truncate"
     ) -> list[Encoded]:
-        """Tokenised (query, document) pairs, in order; those with the same query are encoded as one request.
+        """Tokenise (query, document) pairs. Pairs with the same query are encoded as one request.
 
-        long_document: as in `encode`; the windows of a document stand together.
+        Args:
+            pairs: the pairs.
+            instruct: as in `encode`.
+            long_document: as in `encode`.
+
+        Returns:
+            The tokenised pairs, in order. The windows of a document stand together.
+
+        Raises:
+            RequestError: an item is not a pair, or the model cannot read it; see `encode`.
         """
         documents: dict[str, list[int]] = {}
         for i, pair in enumerate(pairs):
@@ -422,18 +510,26 @@ class Reranker:
 
 
 def check_instruct(tokenizer: PromptTokenizer, instruct: str) -> None:
-    """RequestError unless it is text, and the prompt has a place for it."""
+    """Check that the instruction is text, and that the prompt has a place for it.
+
+    Raises:
+        RequestError: one of the two is not so.
+    """
     check_text(instruct, "instruct")
     if not tokenizer.prompt.takes_instruct:
         raise RequestError("instruct is given, and the prompt has no place for it; leave it out, or use another prompt")
 
 
 def default_row_tokens(ffn: int, causal: bool) -> int:
-    """16,384 on accelerators, where large products pay; on CPU 1,024, or less with feed-forward layers of over 3,072.
+    """Return the usual number of tokens of a row.
 
-    On CPU longer rows are hardly faster, and a layer's scratch memory, 8 bytes a token and feed-forward unit at its
-    peak, must stay under 32 MB: larger pieces come from glibc as new pages at every call, at 5 to 20 % of the time.
-    Causal models take 2,048 all the same, since every row of a request repeats the prefix.
+    On accelerators it is 16,384, because large products are efficient there. On CPU it is 1,024, or less for models
+    with feed-forward layers wider than 3,072. Longer rows are hardly faster on CPU.
+
+    The scratch memory of a layer must also stay under 32 MB there. At its peak it takes 8 bytes for each token and
+    feed-forward unit. For larger pieces glibc maps new pages at every call, which costs 5 to 20 % of the time.
+
+    Causal models take 2,048 on CPU, because every row of a request repeats the prefix.
     """
     if jax.default_backend() != "cpu":
         return 16384
@@ -443,5 +539,50 @@ def default_row_tokens(ffn: int, causal: bool) -> int:
 
 
 def sigmoid(logits: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-    """1 / (1 + exp(-x)), computed in float64 and in a form that no float32 input overflows."""
+    """Return 1 / (1 + exp(-x)). It is computed in float64, in a form that no float32 input overflows."""
     return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64))).astype(np.float32)
+
+
+def _tokenizer(
+    folder: Path,
+    name: str,
+    family: Family,
+    settings: Any,
+    length: int,
+    *,
+    prompt: str | None,
+    chat_template: str | Path | None,
+    instruct: str | None,
+    preprocessing: Mapping[str, int | float] | None,
+) -> tuple[PairTokenizer | PromptTokenizer, Preprocessing | None]:
+    """Return what makes token ids of texts, and how a model that sees prepares images; see Reranker.from_pretrained.
+
+    Raises:
+        CheckpointError: the tokenizer does not belong to the weights.
+        RequestError: an argument is not for this model.
+    """
+    seeing = None
+    if family.prompts is None:
+        given = {
+            "prompt": prompt, "chat_template": chat_template, "instruct": instruct, "preprocessing": preprocessing
+        }  # fmt: skip
+        if names := [argument for argument, value in given.items() if value is not None]:
+            raise RequestError(f"{name} reads query and document without a prompt; leave out {names[0]}")
+        tokenizer: PairTokenizer | PromptTokenizer = PairTokenizer(folder, length)
+    else:
+        if prompt is not None and chat_template is not None:
+            raise RequestError("prompt and chat_template both say how to write the prompt; give one of them")
+        frame = load_prompt(prompt or "official", chat_template, family.prompts)
+        merge = settings.vision.merge if hasattr(settings, "vision") else None
+        tokenizer = PromptTokenizer(folder, length, frame, merge)
+        seeing = None if merge is None else read_preprocessing(folder, preprocessing)
+        if preprocessing and seeing is None:
+            raise RequestError(f"{name} reads text alone; leave out preprocessing, the sizes of images")
+        if instruct is not None:
+            check_instruct(tokenizer, instruct)
+    if (size := tokenizer.tokenizer.get_vocab_size()) > settings.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {size} tokens, config.json says vocab_size {settings.vocab_size}; "
+            "use the tokenizer and the weights of one model"
+        )
+    return tokenizer, seeing

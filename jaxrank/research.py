@@ -1,4 +1,4 @@
-"""A model opened up, for research: its layers one by one, states between them, attention with gradients."""
+"""Research access to a model: its layers one by one, the states between them, attention with gradients."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32
 
-from jaxrank.attention import use_implementation
 from jaxrank.kernels import pick
+from jaxrank.runtime.attention import use_implementation
 from jaxrank.types import Encoded, Packed
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 def with_attention(model: Model, implementation: str | None) -> Model:
-    """The model with another of kernels.IMPLEMENTATIONS, around the same parameters; rows must be packed for it too.
+    """Return the model with another of kernels.IMPLEMENTATIONS, and the same parameters.
 
-    "dense" is the one that has gradients (on CPU in rows of up to kernels.LONG_ROW tokens); it takes memory in
-    proportion to T x T. Raises ValueError on an unknown name.
+    Rows must be packed for it too.
+
+    "dense" is the one that has gradients, on CPU in rows of up to kernels.LONG_ROW tokens. It takes memory in
+    proportion to T x T.
+
+    Raises:
+        ValueError: the name is unknown.
     """
     pick(implementation)
     other = nnx.merge(*nnx.split(model))
@@ -29,8 +34,10 @@ def with_attention(model: Model, implementation: str | None) -> Model:
 
 
 def each_layer(layers: Any) -> list[Any]:
-    """The layers of model.layers as a list, whether they are one already, as on CPU, or stacked in one module with a
-    leading axis, as on accelerators."""
+    """Return the layers of model.layers as a list.
+
+    They are a list already on CPU. On accelerators they are stacked in one module with a leading axis.
+    """
     if isinstance(layers, nnx.List):
         return list(layers)
     graph, state = nnx.split(layers)
@@ -41,12 +48,14 @@ def each_layer(layers: Any) -> list[Any]:
 def hidden_states(
     model: Any, batch: Packed, embeddings: Float32[Array, "T D"] | None = None
 ) -> list[Float32[Array, "T D"]]:
-    """What enters the first layer, and what leaves each of them, for all tokens of a packed row: layers + 1 states.
+    """Return the input of the first layer and the output of each layer, for all tokens of a packed row.
 
-    Their order is that of transformers' hidden_states, whose last one, of decoders, is normalised besides. The logits
-    are those of model.classify(states[-1][batch.score_at]). embeddings: instead of model.token_embeddings(batch).
-    Under jit, layers behind the last state that is used are not computed. Of Qwen3-VL, the layers that add features of
-    images are behind the first state.
+    These are layers + 1 states, in the order of transformers' hidden_states. In decoders, the last of the latter is
+    also normalised. The logits are model.classify(states[-1][batch.score_at]). Under jit, layers behind the last state
+    that is used are not computed. The layers of Qwen3-VL that add features of images come before the first state.
+
+    Args:
+        embeddings: used instead of model.token_embeddings(batch).
     """
     x, shared = model.embed(batch, embeddings)
     states = [x]
@@ -56,10 +65,17 @@ def hidden_states(
 
 
 def own_tokens(pair: Encoded, blank: Encoded) -> range:
-    """Which of a pair's tokens are a text's own. blank: the same pair with that text left empty.
+    """Return which of a pair's tokens are a text's own.
 
-    What both begin and end with alike is left out. Both must be encoded as requests of one document, so that they have
-    no shared prefix. A BPE token across the text's border counts as the text's.
+    The tokens that both pairs share at the beginning and at the end are left out. A BPE token across the text's border
+    counts as the text's.
+
+    Args:
+        pair: the pair. It must be encoded as a request of one document, so that it has no shared prefix.
+        blank: the same pair with that text left empty, encoded in the same way.
+
+    Raises:
+        ValueError: a pair has a shared prefix.
     """
     if len(pair.prefix) or len(blank.prefix):
         raise ValueError("own_tokens: the pairs have a shared prefix; encode each as a request of one document")
@@ -71,6 +87,6 @@ def own_tokens(pair: Encoded, blank: Encoded) -> range:
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> int:
-    """How many entries both begin with alike."""
+    """Return the length of the common prefix of both."""
     different = np.flatnonzero(a != b)
     return int(different[0]) if len(different) else len(a)

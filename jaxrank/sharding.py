@@ -1,10 +1,11 @@
-"""One model over several devices: rows over the mesh axis "data", heads and feed-forward over the axis "model".
+"""One model on several devices: rows over the mesh axis "data", heads and feed-forward over the axis "model".
 
-Which axis of a parameter is cut stands beside the parameter, as its metadata `shard` (counted from the last axis, so
-that it holds for stacked layers too). An axis may hold several members side by side, such as queries, keys and values
-(`members`), each of heads that cannot be cut (`size`); see `arranged`. Everything runs in one jax.shard_map: each
-device computes its own row with its own heads and ffn columns, and partial sums are added up twice a layer (Shoeybi et
-al. 2019, "Megatron-LM").
+The metadata `shard` of a parameter says which of its axes is cut. It is counted from the last axis, so it holds for
+stacked layers too. An axis may hold several members side by side (`members`), such as queries, keys and values. Each
+member consists of heads that cannot be cut (`size`); see `arranged`.
+
+Everything runs in one jax.shard_map. Each device computes its own row with its own heads and ffn columns, and partial
+sums are added up twice a layer (Shoeybi et al. 2019, "Megatron-LM").
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from jaxrank.errors import UnsupportedError
 DATA, MODEL = "data", "model"
 
 ROOM = 0.75
-"""Share of a device's memory that weights may take; the rest is for what a row needs, the largest 2.7 GB for 8B's shape
-at 16,384 tokens, and for the programs."""
+"""The share of a device's memory that weights may take.
+
+The rest is for the programs and for what a row needs. The largest row needs 2.7 GB, for 8B's shape at 16,384 tokens.
+"""
 
 
 def make_mesh(devices: Sequence[Any], model: int = 1) -> Mesh:
-    """All JAX devices, `model` of them to a copy of the weights, neighbours together."""
+    """Return a mesh of all JAX devices, with `model` neighbouring devices for each copy of the weights.
+
+    Raises:
+        UnsupportedError: the devices cannot be split into such groups.
+    """
     if len(devices) % model:
         raise UnsupportedError(f"{len(devices)} devices cannot be split into groups of {model}; choose a divisor")
     return Mesh(np.array(devices).reshape(-1, model), (DATA, MODEL))
@@ -38,11 +45,16 @@ def make_mesh(devices: Sequence[Any], model: int = 1) -> Mesh:
 def choose_mesh(
     model: nnx.Module, devices: Sequence[Any], data: int | None = None, tensor: int | None = None
 ) -> Mesh | None:
-    """The mesh for a model's outline; None for one device alone.
+    """Choose the mesh for a model's outline. None means one device alone.
 
-    data: copies of the weights, tensor: devices that share a copy. By default a copy lies on as few devices as its
-    weights fit, and there are as many copies as devices allow. Raises UnsupportedError where that cannot be, or where
-    one of several processes would have no part in it.
+    Args:
+        model: the outline.
+        devices: the devices.
+        data: the number of copies of the weights. The default is as many as the devices allow.
+        tensor: the number of devices that share a copy. The default is the smallest number on which the weights fit.
+
+    Raises:
+        UnsupportedError: the devices do not allow it, or one of several processes would have no part in it.
     """
     count, state = len(devices), nnx.state(model)
     least = [1 if number is None else number for number in (data, tensor)]
@@ -50,14 +62,14 @@ def choose_mesh(
         raise UnsupportedError(
             f"{least[0]} copies of the weights, each on {least[1]} devices, are asked for; there are {count} devices"
         )
-    own = [device for device in devices if device.process_index == jax.process_index()]  # others cannot be asked
+    own = [device for device in devices if device.process_index == jax.process_index()]  # only own devices can be asked
     memory = min((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in own)
     shares = [tensor] if tensor else [n for n in range(1, count // least[0] + 1) if count % n == 0]
     refused: UnsupportedError | None = None
     for share in shares:
         try:
             need = bytes_each(state, share)
-        except UnsupportedError as error:  # heads that so many cannot share
+        except UnsupportedError as error:  # so many devices cannot share the heads
             refused = error
             continue
         if tensor or need <= ROOM * memory:
@@ -77,7 +89,11 @@ def choose_mesh(
 
 
 def bytes_each(state: Any, parts: int) -> int:
-    """Bytes of a model's state on each of the devices that share it. UnsupportedError as `specs` raises it."""
+    """Return the bytes of a model's state on each of the devices that share it.
+
+    Raises:
+        UnsupportedError: as in `specs`.
+    """
 
     def each(array: Any, axis: int | None) -> int:
         return array.size * array.dtype.itemsize // (1 if axis is None else parts)
@@ -86,9 +102,10 @@ def bytes_each(state: Any, parts: int) -> int:
 
 
 def specs(state: Any, mesh: Mesh) -> Any:
-    """How each array of a model's state lies on the mesh, as a state of PartitionSpecs.
+    """Return how each array of a model's state lies on the mesh, as a state of PartitionSpecs.
 
-    UnsupportedError if an axis that is to be cut is no multiple of the mesh's "model" axis.
+    Raises:
+        UnsupportedError: an axis that is to be cut is not a multiple of the mesh's "model" axis.
     """
 
     def spec(array: Any, axis: int | None) -> PartitionSpec:
@@ -98,13 +115,16 @@ def specs(state: Any, mesh: Mesh) -> Any:
 
 
 def shardings(state: Any, mesh: Mesh) -> Any:
-    """`specs` as a tree of NamedShardings, for jax.device_put."""
+    """Return `specs` as a tree of NamedShardings, for jax.device_put."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(state, mesh))
 
 
 def _map_cuts(f: Callable[[Any, int | None], Any], state: Any, parts: int) -> Any:
-    """The state with f(array, axis) for every array, axis being the one, counted from the last, that `parts` devices
-    share; None where each has all of it, as of the scales of int8 weights that hold for the whole axis."""
+    """Return the state with f(array, axis) for every array.
+
+    The axis, counted from the last, is the one that `parts` devices share. It is None where each device has the whole
+    array. This includes the scales of int8 weights that hold for the whole axis.
+    """
 
     def of(parameter: nnx.Variable[Any]) -> nnx.Variable[Any]:
         metadata = parameter.get_metadata()
@@ -124,15 +144,19 @@ def _map_cuts(f: Callable[[Any, int | None], Any], state: Any, parts: int) -> An
 
 
 def placed_order(members: int, columns: int, shards: int) -> np.ndarray:
-    """Which of the columns, member by member, lies where, when so many devices share them: each device has its part of
-    every member, one after the other."""
+    """Return the order of columns, member by member, after placement for so many devices.
+
+    Each device has its part of every member, one after the other.
+    """
     return np.arange(columns).reshape(members, shards, -1).swapaxes(0, 1).ravel()
 
 
 def arranged(state: Any, shards: int) -> Any:
-    """A model's state with columns as so many devices want them that share an axis: what a device has of all members
-    lies side by side there, so that its part of the axis is one cut. For how many they are arranged stands beside the
-    parameter, as its metadata `shards`."""
+    """Return a model's state with its columns in the order for so many devices that share an axis.
+
+    In this order the parts of all members that a device has lie side by side. So its part of the axis is one cut. The
+    metadata `shards` of a parameter says for how many devices it is arranged.
+    """
 
     def of(parameter: nnx.Variable[Any]) -> nnx.Variable[Any]:
         metadata = parameter.get_metadata()
@@ -153,9 +177,12 @@ def arranged(state: Any, shards: int) -> Any:
 
 
 def over_mesh(score: Callable[[Any, Any], jax.Array], state: Any, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
-    """(state, packed row) -> logits [S] of one device, as (state, rows stacked on a leading axis) -> logits [rows, S]
-    of the mesh; as many rows as its "data" axis has devices. Where several processes have the mesh's devices, each gets
-    all logits."""
+    """Turn a program for one device into one for the mesh.
+
+    The program is (state, packed row) -> logits [S]. The result is (state, rows stacked on a leading axis) -> logits
+    [rows, S]. The number of rows is the size of the mesh's "data" axis. If several processes have the mesh's devices,
+    each gets all logits.
+    """
     spread = mesh.is_multi_process and mesh.shape[DATA] > 1
 
     def one_row(state: Any, rows: Any) -> jax.Array:
@@ -172,6 +199,9 @@ def over_mesh(score: Callable[[Any, Any], jax.Array], state: Any, mesh: Mesh) ->
 
 
 def sum_over_shards(x: jax.Array) -> jax.Array:
-    """A sum over heads or ffn columns, of which every device has a part, as the whole sum; x itself on one device."""
-    mesh = jax.sharding.get_abstract_mesh()  # empty outside over_mesh
+    """Return the whole sum over heads or ffn columns, of which every device has a part.
+
+    On one device this is x itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()  # it is empty outside over_mesh
     return jax.lax.psum(x, MODEL) if MODEL in mesh.manual_axes and mesh.shape[MODEL] > 1 else x

@@ -1,4 +1,4 @@
-"""Where the seconds of a start go."""
+"""How the time of a start is spent."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import time
 
 
 class Stages(dict[str, float]):
-    """Seconds by stage, in the order in which the stages came. The clock runs from `begin`, by time.perf_counter()."""
+    """Seconds by stage, in the order in which the stages came.
+
+    The clock is time.perf_counter(). It runs from `begin`.
+    """
 
     def __init__(self, begin: float | None = None) -> None:
         super().__init__()
         self.since = time.perf_counter() if begin is None else begin
 
     def lap(self, name: str | None) -> None:
-        """The time since the last lap was that stage's; a stage that comes again adds up. None: it was nobody's."""
+        """Count the time since the last lap for the stage `name`.
+
+        A stage that comes again adds up. With None the time counts for no stage.
+        """
         now = time.perf_counter()
         if name is not None:
             self[name] = self.get(name, 0.0) + now - self.since
@@ -24,7 +30,7 @@ class Stages(dict[str, float]):
         return sum(self.values())
 
     def rounded(self) -> dict[str, float]:
-        """To milliseconds, for machines."""
+        """Return the seconds rounded to milliseconds, for machines."""
         return {name: round(seconds, 3) for name, seconds in self.items()}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The nouns of jaxrank, and the one legend of its dimension letters.
+"""The shared types of jaxrank, and the only list of its dimension letters.
 
     T  tokens in a packed row            N  attention (query) heads     F  feed-forward width
     S  pairs that a row has slots for    K  key/value heads             V  vocabulary
@@ -7,7 +7,7 @@
     B  query rows of one tile            W  keys of one tile            G  query heads a key/value head (N / K)
     P  patches in a packed row           E  values of a patch           U  feature vectors of a media token
 
-The same letters are used in annotations, einsum strings and comments.
+Annotations, einsum strings and comments use the same letters.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ NO_PREFIX = np.zeros(0, np.int32)
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """One image, or the sampled frames of one video, cut into patches for the vision tower. Equal only to itself.
+    """One image, or the sampled frames of one video, cut into patches for the vision tower.
 
-    pixels: float32 [P, E], normalised, in the order of transformers' image processor: blocks of merge x merge patches
-    that become one token stand together. grid: patches in time, height and width. seconds: for a video the time of
-    each step of the grid, empty for an image.
+    An object is equal only to itself.
+
+    Attributes:
+        pixels: normalised values, in the order of transformers' image processor. The blocks of merge x merge patches
+            that become one token stand together.
+        grid: the number of patches in time, height and width.
+        seconds: for a video, the time of each step of the grid. It is empty for an image.
     """
 
     pixels: Float32[np.ndarray, "P E"]
@@ -41,10 +45,13 @@ class Patches:
 
 @dataclass(frozen=True)
 class Media:
-    """Images and videos in a run of tokens.
+    """The images and videos in a run of tokens.
 
-    at: int32 [M], which of the tokens stand for them, in the order of their patches. positions: int32 [3, length], of
-    all tokens of the run by time, height and width, counted from the start of the prompt.
+    Attributes:
+        patches: the images and videos.
+        at: the indices of the tokens that stand for them, in the order of their patches.
+        positions: the position of every token of the run by time, height and width, counted from the start of the
+            prompt.
     """
 
     patches: tuple[Patches, ...]
@@ -53,9 +60,12 @@ class Media:
 
 
 class Window(NamedTuple):
-    """What of its document a pair holds: the characters [start, stop) of the text, as code points.
+    """The part of its document that a pair holds: the characters [start, stop) of the text, as code points.
 
-    number: which of the document's windows it is, from 0; those of one document follow each other.
+    Attributes:
+        start: the first character.
+        stop: the character after the last one.
+        number: the number of this window in its document, from 0. The windows of a document follow each other.
     """
 
     start: int
@@ -65,13 +75,18 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised (query, document) pair, not padded.
+    """One tokenised (query, document) pair, without padding.
 
-    tokens: int32 [length], the pair's own tokens. score_at: which of them the score is read from. dropped: how many
-    tokens of query and document truncation removed. prefix: int32 [length], tokens that stand before the own ones and
-    are the same in other pairs, with which they may share one computation; for causal models alone. media,
-    prefix_media: the images and videos among the own tokens and among the prefix's; both None in pairs of text alone.
-    window: where long documents are split, what this pair has of its document; None for the only pair of a document.
+    Attributes:
+        tokens: the pair's own tokens.
+        score_at: the index of the token that the score is read from.
+        dropped: the number of tokens of query and document that truncation removed.
+        prefix: the tokens before the own ones that other pairs have too. Such pairs may share one computation of them.
+            Only causal models have a prefix.
+        media: the images and videos among the own tokens. It is None in pairs of text alone.
+        prefix_media: the images and videos among the tokens of the prefix. It is None in pairs of text alone.
+        window: the part of its document that this pair has, where long documents are split. It is None for the only
+            pair of a document.
     """
 
     tokens: Int32[np.ndarray, " length"]
@@ -83,12 +98,15 @@ class Encoded:
     window: Window | None = None
 
     def __len__(self) -> int:
-        """All its tokens, the shared ones included."""
+        """Return the number of all its tokens, the shared ones included."""
         return len(self.prefix) + len(self.tokens)
 
     @property
     def prefix_key(self) -> bytes:
-        """Equal for pairs of the same prefix, its very images and videos included; empty without one."""
+        """Bytes that are equal for pairs with the same prefix and the very same images and videos in it.
+
+        The key is empty for a pair without a prefix.
+        """
         seen = () if self.prefix_media is None else map(id, self.prefix_media.patches)
         return self.prefix.tobytes() + b"".join(one.to_bytes(8, "little") for one in seen)
 
@@ -97,8 +115,11 @@ class Encoded:
 class Work:
     """What scoring has computed so far.
 
-    rows: packed rows. row_tokens: their tokens, filler included. computed_tokens: the same without filler. pair_tokens:
-    tokens of the pairs in them, a prefix that they share counted for every one.
+    Attributes:
+        rows: the number of packed rows.
+        row_tokens: the number of tokens in them, filler included.
+        computed_tokens: the same without filler.
+        pair_tokens: the number of tokens of the pairs in them. A shared prefix counts once for each pair.
     """
 
     rows: int = 0
@@ -107,7 +128,7 @@ class Work:
     pair_tokens: int = 0
 
     def plus(self, row_tokens: int, computed_tokens: int, pair_tokens: int) -> Work:
-        """The same and one row more."""
+        """Return these counts with one row more."""
         return Work(
             self.rows + 1,
             self.row_tokens + row_tokens,
@@ -118,10 +139,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One line of a ranking: the document's place in the input, its score, and the document as it was given.
+    """One line of a ranking.
 
-    window: where long documents were split, the characters [start, stop) of the text that the score is of, the whole
-    text's if it fits; else None.
+    Attributes:
+        index: the document's place in the input.
+        score: the document's score.
+        document: the document as it was given.
+        window: where long documents are split, the characters [start, stop) of the text that the score is of. They
+            cover the whole text if it fits. It is None where documents are not split.
     """
 
     index: int
@@ -131,8 +156,14 @@ class Ranked:
 
 
 class AttentionShape(NamedTuple):
-    """A model's attention: query heads N, key/value heads K, head size H, and whether queries and keys go through
-    kernels.norm_rotary."""
+    """The shape of a model's attention.
+
+    Attributes:
+        heads: the number of query heads, N.
+        kv_heads: the number of key/value heads, K.
+        size: the size of a head, H.
+        norm_rotary: whether queries and keys go through kernels.norm_rotary.
+    """
 
     heads: int
     kv_heads: int
@@ -143,7 +174,10 @@ class AttentionShape(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Columns:
-    """Heads that lie side by side in a wider array [T, C]: its columns first * size to (first + heads) * size."""
+    """Heads that lie side by side in a wider array [T, C].
+
+    They are its columns from first * size to (first + heads) * size.
+    """
 
     array: Any
     first: int = field(metadata={"static": True})
@@ -152,7 +186,7 @@ class Columns:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[T, heads, H], as the array of these heads alone."""
+        """The shape [T, heads, H] that the array of these heads alone would have."""
         return len(self.array), self.heads, self.size
 
     @property
@@ -160,7 +194,7 @@ class Columns:
         return self.array.dtype
 
     def alone(self) -> jax.Array:
-        """The array [T, heads, H] of these heads."""
+        """Return the array [T, heads, H] of these heads."""
         columns = self.array[:, self.first * self.size : (self.first + self.heads) * self.size]
         return columns.reshape(self.shape)
 
@@ -168,16 +202,16 @@ class Columns:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layout:
-    """Who may look at whom in a packed row, and the same as a list of tiles to compute.
+    """Which keys each query row of a packed row may see, and the same as a list of tiles to compute.
 
-    spans[r] = (a0, a1, b0, b1): query row r sees the keys [a0, a1) and [b0, b1) of the row. An empty pair of spans
-    marks filler, whose attention output is 0. tiles and starts are made for one kind of attention body:
+    spans[r] = (a0, a1, b0, b1) means that query row r sees the keys [a0, a1) and [b0, b1) of the row. An empty pair of
+    spans marks filler, whose attention output is 0. `tiles` and `starts` are made for one kind of attention body:
 
-    XLA (jaxrank.kernels.tiles): tiles[i] = (q0, r0, r1, a0, an, b0, bn): rows [q0, q0 + B) are computed, [r0, r1) of
-    them are written, against the keys [a0, a0 + an) and [b0, b0 + bn). Tiles are sorted by class, class c holding
-    [starts[c], starts[c + 1]). A class fixes the static tile size (B, W).
-    Pallas (jaxrank.kernels.grid): tiles[i] is a (query tile, key tile) of a fixed grid, and [starts[t], starts[t + 1])
-    are those of query tile t.
+    - XLA (jaxrank.kernels.tiles): tiles[i] = (q0, r0, r1, a0, an, b0, bn). The rows [q0, q0 + B) are computed against
+      the keys [a0, a0 + an) and [b0, b0 + bn). Of these rows, [r0, r1) are written. Tiles are sorted by class: class c
+      holds [starts[c], starts[c + 1]). A class fixes the static tile size (B, W).
+    - Pallas (jaxrank.kernels.grid): tiles[i] is a (query tile, key tile) of a fixed grid. [starts[t], starts[t + 1])
+      are the tiles of query tile t.
     """
 
     spans: Int32[ArrayLike, "R 4"]
@@ -186,17 +220,19 @@ class Layout:
 
     @property
     def used(self) -> Int32[ArrayLike, ""]:
-        """How many keys any row sees: the row's tokens, without the filler behind them."""
+        """The number of keys that any row sees: the tokens of the row without the filler at its end."""
         return self.spans.max()
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MediaTokens:
-    """Which tokens of a row stand for images or video, and what the vision tower made of them.
+    """Which tokens of a row stand for images or video, and what the vision tower computed for them.
 
-    features[t, 0] is token t's embedding, features[t, 1:] what is added to it after the first text layers; all zero
-    where `here` is false.
+    Attributes:
+        here: whether a token stands for an image or video.
+        features: features[t, 0] is the embedding of token t. features[t, 1:] is added to it after the first text
+            layers. All are zero where `here` is false.
     """
 
     here: Bool[ArrayLike, " T"]
@@ -206,12 +242,16 @@ class MediaTokens:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Packed:
-    """One row of T tokens holding whole pairs side by side, with static shapes; filler at the end.
+    """One row of T tokens that holds whole pairs side by side, with static shapes and filler at the end.
 
-    tokens, positions: int32 [T], positions counted from 0 within a pair, from the start of its prefix if it has one;
-    in rows with media [3, T], by time, height and width. score_at: int32 [S], the row index of each pair's scored token
-    (0 in unused slots). layout rules attention among the T tokens, score_layout that of the S scored tokens over the
-    same keys. media: None in rows of text alone.
+    Attributes:
+        tokens: the token ids.
+        positions: positions counted from 0 within a pair, from the start of its prefix if it has one. In rows with
+            media they are by time, height and width.
+        score_at: the row index of each pair's scored token. It is 0 in unused slots.
+        layout: the attention among the T tokens.
+        score_layout: the attention of the S scored tokens over the same keys.
+        media: the row's images and videos. It is None in rows of text alone.
     """
 
     tokens: Int32[ArrayLike, " T"]
@@ -225,11 +265,14 @@ class Packed:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PatchRow:
-    """Patches of several images and video steps side by side, with static shapes; filler at the end.
+    """Patches of several images and video steps side by side, with static shapes and filler at the end.
 
-    corners, weights: the four entries of the learned position table between which a patch lies, and their shares.
-    positions: row and column of the patch in its image, for rotary embedding. layout: a patch sees the patches of its
-    own image or video step.
+    Attributes:
+        pixels: the values of the patches.
+        corners: the four entries of the learned position table around a patch.
+        weights: the shares of these four entries.
+        positions: the row and column of the patch in its image, for rotary embedding.
+        layout: a patch sees the patches of its own image or video step.
     """
 
     pixels: Float32[ArrayLike, "P E"]

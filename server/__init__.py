@@ -1,4 +1,4 @@
-"""jaxrank over HTTP. The only part that knows HTTP and JSON; import it as jaxrank.server."""
+"""jaxrank over HTTP: the only part that knows HTTP and JSON. Import it as jaxrank.server."""
 
 from jaxrank.server.app import create_app
 from jaxrank.server.serve import serve

@@ -1,18 +1,13 @@
-"""The HTTP application: its routes, and how they are put together. create_app takes its whole world as arguments."""
+"""The HTTP application and its routes. create_app takes all of its inputs as arguments."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-import os
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware import Middleware
@@ -21,13 +16,10 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
-from jaxrank.attention import Choice
-from jaxrank.calls import Call
-from jaxrank.decoding import Decoder
 from jaxrank.errors import RequestError
-from jaxrank.media import Limits, Preprocessing
-from jaxrank.server import docs, facts, page
-from jaxrank.server.access import Access, Guard, cross_origin, open_to_all
+from jaxrank.media.images import Limits
+from jaxrank.server.api import facts
+from jaxrank.server.api import openapi as docs
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.resolve import DIALECTS, Naming
 from jaxrank.server.errors import (
@@ -39,106 +31,25 @@ from jaxrank.server.errors import (
     internal,
     json_response,
 )
-from jaxrank.server.fetch import Fetcher, MediaAccess
-from jaxrank.server.gate import Gate, GateLimits
-from jaxrank.server.inference import Inference, dialect_of
-from jaxrank.server.media import MediaLoader
-from jaxrank.server.metrics import CONTENT_TYPE, Metrics
-from jaxrank.server.scheduler import Scheduler
-from jaxrank.server.tracing import Tracing
-from jaxrank.server.transport import Envelope, HeadLimits
-from jaxrank.stages import Stages
-from jaxrank.tokens import NO_CUT, Cut, Token
-from jaxrank.types import Encoded, Work
+from jaxrank.server.http import page
+from jaxrank.server.http.access import Access, Guard, cross_origin, open_to_all
+from jaxrank.server.http.gate import GateLimits
+from jaxrank.server.http.transport import Envelope, HeadLimits
+from jaxrank.server.inference import dialect_of
+from jaxrank.server.media.fetch import MediaAccess
+from jaxrank.server.observe.metrics import CONTENT_TYPE
+from jaxrank.server.observe.tracing import Tracing
+from jaxrank.server.served_model import ServedModel
+from jaxrank.server.service import Service
+from jaxrank.server.settings import Settings, encode_threads_for, usable_cores
+from jaxrank.text.windows import splits
 from jaxrank.version import __version__
-from jaxrank.windows import splits
-
-PATIENCE_S = 5.0
-"""For the device, when nobody waits for it any more."""
-
-FAILING_FOR_LONG_S = 60.0
 
 log = logging.getLogger(__name__)
 
 
-class Scorer(Protocol):
-    """What the server needs of a jaxrank.Reranker."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def devices(self) -> str: ...
-    @property
-    def attention(self) -> Mapping[str, Choice]: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def min_length(self) -> int: ...
-    @property
-    def row_tokens(self) -> int: ...
-    @property
-    def scores_are_logits(self) -> bool: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def takes_instruct(self) -> bool: ...
-    @property
-    def preprocessing(self) -> Preprocessing | None: ...
-    @property
-    def compilations(self) -> int: ...
-    @property
-    def compiled(self) -> tuple[int, int]: ...
-    @property
-    def stages(self) -> Stages: ...
-    @property
-    def ahead(self) -> int: ...
-    @property
-    def work(self) -> Work: ...
-    def warm_up(self, progress: Callable[[str], None] | None = None) -> None: ...
-    def encode(
-        self,
-        query: Any,
-        documents: Sequence[Any],
-        *,
-        truncate: bool,
-        cut: Cut,
-        instruct: str | None,
-        long_document: str = "truncate",
-        max_windows: int | None = None,
-    ) -> list[Encoded]: ...
-    def calls(self, encoded: Sequence[Encoded]) -> Iterator[Call]: ...
-    def render(self, pair: Encoded) -> str: ...
-    def tokens_of(self, text: str) -> list[Token]: ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What create_app was told; see there."""
-
-    model: str
-    dialect: Dialect | None
-    truncate: bool
-    long_document: str
-    max_documents: int
-    max_windows: int
-    gate: GateLimits
-    max_queue_tokens: int
-    max_queue_requests: int
-    max_queue_s: float
-    batch_rows: int
-    inline_bytes: int
-    encode_threads: int
-    fail_after: int
-    probe_s: float
-    media: MediaAccess
-    limits: Limits
-    media_workers: int
-    on_ready: Callable[[], None]
-    on_failure: Callable[[BaseException], None]
-
-
 def create_app(
-    reranker: Scorer,
+    reranker: ServedModel,
     *,
     served_model_name: str | None = None,
     api_keys: Sequence[str] = (),
@@ -171,27 +82,52 @@ def create_app(
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
-    """The application that serves `reranker`. Raises RequestError for settings that cannot be.
+    """Return the application that serves `reranker`.
 
-    served_model_name: what the routes call the model, by default its own name. api_keys: with any, every route but
-    the page at /, /health and /ready wants one of them, and /metrics too unless open_metrics. cors_origins: web pages
-    of which browsers may ask, see access.cross_origin. dialect: of requests that do not name theirs, a name in
-    dialects.resolve.DIALECTS, or "auto" to tell by path and body. truncate: whether pairs that are too long are cut,
-    where a request does not say; they are refused else. long_document: "truncate" or "window", what is done with
-    documents that do not fit, where a request does not say (see Reranker.encode); max_windows: how many windows all
-    that do not fit may come to in one request. max_headers, max_header_bytes: of one request. max_body_bytes:
-    by default 8 MB, or 40 MB for a model that sees, since images may lie in the request. media, limits: where such a
-    model's images and videos may come from, and what of them is refused; media_workers: processes that decode them.
-    max_queue_tokens, max_queue_requests, max_queue_bytes: with that much waiting, requests are answered 429 or 503, by
-    dialect; bytes are those of the requests' bodies. max_queue_s: the same where what waits takes that many seconds at
-    the speed of the last batches. batch_rows: usual rows that are chosen together: more pack tighter, fewer let a
-    newcomer wait less. body_timeout_s: most seconds for a body to arrive. request_timeout_s: from there to the answer;
-    what is not scored then is answered 504. fail_after: batches that fail in a row until the server says that it is not
-    ready; probe_s: seconds between tries of its own then. inline_bytes: bodies up to this size are tokenised on the
-    event loop, where a trip to a thread would cost more. encode_threads: tokenise the others, by default as
-    encode_threads_for says. access_log: one line a request to the logger jaxrank.access. otlp_endpoint: see
-    tracing.Tracing. on_ready, on_failure: told, on another thread, that the warm-up is over; that it failed or scoring
-    stopped for good.
+    Args:
+        reranker: The model.
+        served_model_name: The name that the routes give the model. By default it is the model's own name.
+        api_keys: If there are any, every route needs one of them, except the page at /, /health and /ready. /metrics
+            needs one too, unless open_metrics is set.
+        open_metrics: Whether /metrics needs no key.
+        cors_origins: The web pages whose browsers may send requests. See access.cross_origin.
+        dialect: The dialect of requests that do not name theirs. It is a name in dialects.resolve.DIALECTS, or "auto"
+            to choose it by path and body.
+        truncate: Whether pairs that are too long are cut, if a request does not say. Otherwise they are refused.
+        long_document: "truncate" or "window": how documents that do not fit are handled, if a request does not say. See
+            Reranker.encode.
+        max_documents: Most documents in one request.
+        max_windows: Most windows in one request, counted over all documents that do not fit.
+        max_body_bytes: Most bytes in the body of one request. The default is 8 MB, or 40 MB for a model that sees,
+            since images may be part of the request.
+        max_headers: Most headers in one request.
+        max_header_bytes: Most bytes of the address and the headers of one request.
+        max_queue_tokens: If so many tokens wait, requests are answered 429 or 503. The dialect decides which.
+        max_queue_requests: The same, in requests.
+        max_queue_bytes: The same, in bytes of the requests' bodies.
+        max_queue_s: The same, in seconds that the waiting work takes at the speed of the last batches.
+        batch_rows: The number of usual rows that are chosen together. With more rows, they are packed tighter. With
+            fewer, a new request waits less.
+        body_timeout_s: Most seconds until a body has arrived.
+        request_timeout_s: Most seconds from there to the answer. A request that is not scored by then is answered 504.
+        fail_after: After so many failed batches in a row, the server says that it is not ready.
+        probe_s: Seconds between the server's own attempts to score, while it is failing.
+        inline_bytes: Bodies up to this size are tokenised on the event loop, where a switch to a thread would cost
+            more.
+        encode_threads: The number of threads that tokenise the other bodies. By default encode_threads_for decides.
+        media: Where the images and videos of a model that sees may come from.
+        limits: What is refused of those images and videos.
+        media_workers: The number of processes that decode them.
+        access_log: Whether the logger jaxrank.access gets one line a request.
+        otlp_endpoint: Where traces are sent. See tracing.Tracing.
+        on_ready: Called on another thread when the warm-up is over.
+        on_failure: Called on another thread when the warm-up failed, or when scoring stopped for good.
+
+    Returns:
+        The application.
+
+    Raises:
+        RequestError: A setting is not valid.
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise RequestError(f"dialect {dialect!r} is unknown; one of auto, {', '.join(DIALECTS)}")
@@ -230,10 +166,10 @@ def create_app(
     app = FastAPI(
         title="jaxrank",
         description=docs.DESCRIPTION,
-        openapi_url=None,  # both are served below, behind the keys
+        openapi_url=None,  # the routes below serve both, and they need a key
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # redirects are built from the Host header, which the client chooses
+        redirect_slashes=False,  # a redirect would use the Host header, which the client chooses
         lifespan=service.lifespan,
         dependencies=[Depends(HeadLimits(max_headers, max_header_bytes)), Depends(access)],
         middleware=[
@@ -248,153 +184,20 @@ def create_app(
     app.add_exception_handler(HTTPException, _http_error)
     app.include_router(page.routes())
     app.include_router(_open_routes(service))
-    app.include_router(_guarded_routes(app, service, access))
+    app.include_router(_guarded_routes(service))
+    app.include_router(_documentation_routes(app, service, access))
     app.include_router(_metrics_route(service, open_metrics))
     return app
 
 
-def usable_cores() -> int:
-    """Those that this process may run on, which in a container can be fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def encode_threads_for(cores: int) -> int:
-    """Threads that tokenise. Two at least, so that no long request holds up all others. One core is left to the event
-    loop and the device's thread. Eight at most: what a request does beside tokenising holds Python's lock."""
-    return min(8, max(2, cores - 1))
-
-
-class Service:
-    """What the routes share while the application runs: the model, the queue, the tokenising threads."""
-
-    def __init__(self, reranker: Scorer, settings: Settings, tracing: Tracing | None = None) -> None:
-        self.reranker = reranker
-        self.settings = settings
-        self.tracing = tracing
-        self.metrics = Metrics()
-        self.started = int(time.time())
-        self.progress = ""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Start the device thread, which warms up first; at the end finish what was accepted."""
-        settings = self.settings
-        self.threads = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="jaxrank-encode")
-        self.scheduler = Scheduler(
-            self.reranker.calls,
-            ahead=self.reranker.ahead,
-            batch_tokens=settings.batch_rows * self.reranker.row_tokens,
-            max_tokens=settings.max_queue_tokens,
-            max_requests=settings.max_queue_requests,
-            max_wait_s=settings.max_queue_s,
-            prepare=self._warm_up,
-            on_failure=self._failed,
-            on_batch=self.metrics.batch,
-            fail_after=settings.fail_after,
-            probe=self._probe,
-            probe_s=settings.probe_s,
-        )
-        self.gate = Gate(self.scheduler, settings.gate)
-        reranker = self.reranker
-        self.metrics.watch(
-            self.scheduler, lambda: reranker.work, lambda: reranker.compilations, lambda: reranker.attention
-        )
-        self.scheduler.start()
-        stalls = asyncio.create_task(self.metrics.watch_event_loop())
-        try:
-            async with self._media_loader() as loader:
-                self.inference = Inference(self.reranker, settings, self.gate, self.threads, loader)
-                yield
-        finally:
-            await self.scheduler.close(PATIENCE_S)
-            stalls.cancel()
-            self.threads.shutdown(wait=False, cancel_futures=True)
-            if self.tracing is not None:
-                await asyncio.to_thread(self.tracing.close)
-
-    @contextlib.asynccontextmanager
-    async def _media_loader(self) -> AsyncIterator[MediaLoader | None]:
-        """What fetches and decodes images and videos; None for a model of text."""
-        if self.reranker.preprocessing is None:
-            yield None
-            return
-        settings = self.settings
-        with Decoder(self.reranker.preprocessing, settings.limits, workers=settings.media_workers) as decoder:
-            async with Fetcher(settings.media) as fetcher:
-                loader = MediaLoader(fetcher, decoder, self.metrics.media)
-                try:
-                    yield loader
-                finally:
-                    loader.close()
-
-    def _probe(self) -> list[Encoded]:
-        """What is scored to see whether scoring works again."""
-        return self.reranker.encode("Is it well?", ["It is."], truncate=True, cut=NO_CUT, instruct=None)
-
-    def _warm_up(self) -> None:
-        attention = ", ".join(f"{choice} for {part}" for part, choice in self.reranker.attention.items())
-        log.info("%s on %s, attention: %s", self.reranker.name, self.reranker.devices, attention)
-        stages = self.reranker.stages
-        stages.lap("server")
-        self.reranker.warm_up(self._progress)
-        self.progress = ""
-        self.settings.on_ready()
-        stages.lap("programs")
-        compiled, found = self.reranker.compiled
-        fields = {"seconds": stages.rounded(), "programs_compiled": compiled, "programs_from_cache": found}
-        log.info("ready after %s: %d programs compiled, %d from the cache", stages, compiled, found,
-                 extra={"fields": fields})  # fmt: skip
-
-    def _progress(self, text: str) -> None:
-        """Note how far the warm-up is; the one place where a shutdown can stop it."""
-        if self.scheduler.stopping:
-            raise InterruptedError("the server is shutting down")
-        self.progress = text
-        log.info("warming up: %s", text)
-
-    def _failed(self, error: BaseException) -> None:
-        log.error("scoring has stopped for good", exc_info=error)
-        self.settings.on_failure(error)
-
-    def health(self) -> tuple[dict[str, Any], bool]:
-        """What GET /health answers, and whether all is well enough to go on."""
-        scheduler = self.scheduler
-        if scheduler.failed and not scheduler.stopping:
-            return {"status": "failed", "reason": "Scoring has stopped for good. Restart the server."}, False
-        if scheduler.failing:
-            for_long = time.monotonic() - scheduler.failing_since > FAILING_FOR_LONG_S
-            reason = f"Nothing could be scored in the last {scheduler.failures} batches; the log tells why."
-            return {"status": "failing", "reason": reason}, not for_long
-        return {"status": "alive"}, True
-
-    def state(self) -> dict[str, Any]:
-        """What GET /ready answers."""
-        scheduler = self.scheduler
-        names = {
-            "stopping": scheduler.stopping,
-            "failed": scheduler.failed,
-            "failing": scheduler.failing,
-            "ready": scheduler.ready,
-        }
-        return {
-            "ready": scheduler.ready and not scheduler.stopping and not scheduler.failing,
-            "state": next((name for name, holds in names.items() if holds), "warming up"),
-            "progress": self.progress,
-            "model": self.settings.model,
-            "compilations_after_ready": self.reranker.compilations if scheduler.ready else 0,
-            "queued_requests": scheduler.requests,
-            "queued_tokens": scheduler.tokens,
-        }
-
-
 def _open_routes(service: Service) -> APIRouter:
-    """The routes that need no key."""
+    """Return the routes that need no key."""
     router = APIRouter(tags=["state"])
 
     @router.get("/health", response_model=docs.Health, responses=docs.unavailable(docs.Health), openapi_extra=docs.OPEN)
     @open_to_all
     async def health() -> Response:
-        """Whether the process is alive. 503 when it has to be restarted: scoring has stopped, or fails for a minute."""
+        """Whether the process is alive; 503 if it needs a restart: scoring has stopped, or has failed for a minute."""
         answer, well = service.health()
         return json_response(answer, 200 if well else 503)
 
@@ -403,7 +206,7 @@ def _open_routes(service: Service) -> APIRouter:
     @router.get("/ready", response_model=docs.Ready, responses=ready_503, openapi_extra=docs.OPEN)
     @open_to_all
     async def ready() -> Response:
-        """Whether the model is warm and takes requests. A full queue does not make it unready."""
+        """Whether the model is warm and takes requests; a full queue does not make it unready."""
         state = service.state()
         return json_response(state) if state["ready"] else json_response(state, 503, {"Retry-After": "5"})
 
@@ -411,7 +214,7 @@ def _open_routes(service: Service) -> APIRouter:
 
 
 def _metrics_route(service: Service, open_metrics: bool) -> APIRouter:
-    """The route that Prometheus asks. It needs a key unless open_metrics."""
+    """Return the route for Prometheus. It needs a key unless open_metrics is set."""
     router = APIRouter(tags=["state"])
 
     async def metrics() -> Response:
@@ -424,8 +227,8 @@ def _metrics_route(service: Service, open_metrics: bool) -> APIRouter:
     return router
 
 
-def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter:
-    """The routes that need a key where there are any."""
+def _guarded_routes(service: Service) -> APIRouter:
+    """Return the routes that need a key, if the server has keys."""
     router = APIRouter()
     about = facts.Facts(service.reranker, service.settings, service.started)
 
@@ -435,7 +238,7 @@ def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter
     async def score(request: Request) -> Response:
         return await service.inference.score(request)
 
-    # Their bodies are read by hand, so docs describes them by hand.
+    # These routes read their bodies by hand, so docs describes them by hand.
     for path in docs.RERANK_PATHS:
         methods = ["POST", "PUT"] if path == "/v1/rerank" else ["POST"]
         router.add_api_route(path, rerank, methods=methods, include_in_schema=False)
@@ -448,17 +251,17 @@ def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter
 
     @router.get("/v1/models", response_model=facts.Models, tags=["state"])
     async def models() -> Response:
-        """The one model of this server, in OpenAI's list."""
+        """The one model of this server, in the form of OpenAI's list."""
         return json_response(about.models())
 
     @router.get("/models", response_model=facts.InfinityModels, tags=["state"])
     async def infinity_models() -> Response:
-        """The same with the state of the queue, as Infinity lists it."""
+        """The same list with the state of the queue, in the form of Infinity's list."""
         return json_response(about.infinity_models(service.scheduler.requests))
 
     @router.get("/info", response_model=facts.Info, tags=["state"])
     async def info() -> Response:
-        """The model and the limits of this server, as TEI tells them."""
+        """The model and the limits of this server, in the form of TEI's answer."""
         return json_response(about.info())
 
     @router.get("/version", response_model=facts.Version, tags=["state"])
@@ -467,18 +270,24 @@ def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter
         return json_response({"version": __version__})
 
     async def ping() -> Response:
-        """An empty answer, behind the keys; /health and /ready tell more, without one."""
+        """An empty answer that needs a key; /health and /ready say more and need none."""
         return Response()
 
-    # One route for both methods so that a 405 names both; the documentation has one operation a method.
+    # There is one route for both methods, so that a 405 names both. The documentation has one operation a method.
     router.add_api_route("/ping", ping, methods=["GET", "POST"], include_in_schema=False)
 
+    return router
+
+
+def _documentation_routes(app: FastAPI, service: Service, access: Access) -> APIRouter:
+    """Return /docs and /openapi.json, which need a key, if the server has keys."""
+    router = APIRouter()
     documents: dict[Dialect | None, bytes] = {}
 
     @router.get("/openapi.json", include_in_schema=False)
     async def openapi(request: Request) -> Response:
         dialect: Dialect | None = getattr(request.state, "named_dialect", None)
-        if dialect not in documents:  # takes a while, so not on the event loop, and once
+        if dialect not in documents:  # this is slow, so it runs once and not on the event loop
             describe = partial(docs.describe, app, dialect, service.inference.terms, guarded=access.guarded)
             documents[dialect] = to_json(await asyncio.to_thread(describe))
         return Response(documents[dialect], media_type="application/json")
@@ -491,10 +300,10 @@ def _guarded_routes(app: FastAPI, service: Service, access: Access) -> APIRouter
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    """A refusal in the dialect of the request."""
+    """Answer with the refusal, in the dialect of the request."""
     refusal = cast(Refusal, error)
     request.app.state.service.metrics.refusal(type(refusal).__name__)
-    if isinstance(refusal, ScoringFailed):  # what exactly failed is in the log, under the id
+    if isinstance(refusal, ScoringFailed):  # the log says what exactly failed, under the id
         identity = request.state.request_id
         log.error("request %s: %s", identity, refusal, extra={"fields": {"request_id": identity}})
         refusal = internal(identity, ScoringFailed)
@@ -502,7 +311,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Errors that the framework raises by itself, in the server's own words."""
+    """Answer an error that the framework itself raised, with the server's own message."""
     http = cast(HTTPException, error)
     refusals = {
         404: NotFound("There is no such route. GET /docs lists the routes."),

@@ -1,29 +1,29 @@
-"""What the server refuses. How it says so, a dialect decides (see dialects.dialect); most with `error_body`.
+"""What the server refuses. A dialect decides how a refusal looks (see dialects.dialect); most use `error_body`.
 
-    Refusal                 an answer that is not 200: status, message, type, extra headers
-    ├── BadRequest          400  the request can be mended by its sender
-    │   ├── Malformed                its body is no JSON object
+    Refusal                 an answer other than 200: status, message, type, extra headers
+    ├── BadRequest          400  the sender can correct the request
+    │   ├── Malformed                its body is not a JSON object
     │   ├── Invalid                  a field is missing, or has a value of another type
     │   ├── NoDocuments              there is nothing to rank
-    │   ├── TooLong                  a pair that does not fit, where truncation is refused
-    │   └── NotSupported             nothing that a reranker can answer
+    │   ├── TooLong                  a pair does not fit, and truncation is off
+    │   └── NotSupported             a reranker cannot answer it
     ├── Unauthorized        401  no key, or an unknown one
     ├── NotFound            404  no such route
-    ├── MethodNotAllowed    405  not with this method
+    ├── MethodNotAllowed    405  the route does not take this method
     ├── SlowBody            408  its body does not arrive in time
     ├── TooLarge            413  more bytes than the server takes
-    │   └── TooManyDocuments         more documents
-    ├── BadMedia            422  an image or video that cannot be had or read
+    │   └── TooManyDocuments         more documents than the server takes
+    ├── BadMedia            422  an image or video cannot be fetched or read
     ├── LargeHead           431  more headers than the server takes
     ├── ScoringFailed       500  the model failed; the log has the reason
-    ├── Unavailable         503  not now: come back after Retry-After seconds
+    ├── Unavailable         503  not now: ask again after Retry-After seconds
     │   ├── Overloaded           the queue is full
     │   ├── NotReady             the model is still warming up
     │   └── Closing              the server is shutting down
-    └── Expired             504  its time was up before it was scored
-    ClientGone              nobody is left to answer
+    └── Expired             504  its time was up before it was answered
+    ClientGone              the client has left, so there is no answer
 
-No message carries text of a request, of an exception's repr, or of a path.
+No message contains text of a request, the repr of an exception, or a path.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from jaxrank.errors import JaxrankError
 
 
 class ErrorObject(BaseModel):
-    """The error as vLLM, Infinity and OpenAI's clients read it."""
+    """The error, in the form that the clients of vLLM, Infinity and OpenAI read."""
 
-    message: str = Field(description="What came, what is allowed, what to do.")
+    message: str = Field(description="What the server received, what it allows, and what to do.")
     type: str = Field(description="A stable name of the kind of error.")
     param: str | None = Field(description="Always null.")
     code: int = Field(description="The HTTP status.")
 
 
 class ErrorBody(BaseModel):
-    """The body of answers that are not 200: the same in every place where some client looks for it."""
+    """The body of answers other than 200, which repeats the error wherever some client looks for it."""
 
     error: ErrorObject
     object: Literal["error"]
@@ -60,7 +60,12 @@ class ErrorBody(BaseModel):
 
 
 class Refusal(JaxrankError):
-    """An answer that is not 200. Its text goes to the client as it stands."""
+    """An answer other than 200. The client gets its text unchanged.
+
+    Args:
+        message: The text for the client.
+        headers: More headers of the answer.
+    """
 
     status = 500
     type = "InternalServerError"
@@ -70,106 +75,111 @@ class Refusal(JaxrankError):
         self.headers = dict(headers or {})
 
     def response(self) -> Response:
-        """The whole answer, where the dialect is not known."""
+        """Return the complete answer, for a request of unknown dialect."""
         return json_response(error_body(self.status, str(self), self.type), self.status, self.headers)
 
 
 class BadRequest(Refusal):
-    """A request that its sender can mend."""
+    """The sender can correct the request."""
 
     status = 400
     type = "BadRequestError"
 
 
 class Malformed(BadRequest):
-    """A body that is no JSON object."""
+    """The body is not a JSON object."""
 
     type = "Bad Request"
 
 
 class Invalid(BadRequest):
-    """A field that is missing, or has a value of another type."""
+    """A field is missing, or has a value of another type."""
 
     type = "Bad Request"
 
 
 class NoDocuments(BadRequest):
-    """An empty list of documents."""
+    """The list of documents is empty."""
 
 
 class TooLong(BadRequest):
-    """A pair that does not fit the model, where truncation is refused."""
+    """A pair does not fit the model, and truncation is off."""
 
 
 class NotSupported(BadRequest):
-    """What other servers answer from a model that generates text, and a reranker cannot."""
+    """Other servers answer this with a model that generates text. A reranker cannot."""
 
 
 class Unauthorized(Refusal):
-    """No API key, or one that the server does not know."""
+    """The request has no API key, or one that the server does not know."""
 
     status = 401
     type = "Unauthorized"
 
     def __init__(self) -> None:
         super().__init__(
-            "This server wants an API key that it knows. Send the header 'Authorization: Bearer KEY'.",
+            "This server needs an API key. Send a valid one in the header 'Authorization: Bearer KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
 
 
 class SlowBody(Refusal):
-    """A body that does not arrive in time."""
+    """The body does not arrive in time."""
 
     status = 408
     type = "RequestTimeout"
 
 
 class NotFound(Refusal):
-    """A path without a route."""
+    """The path has no route."""
 
     status = 404
     type = "NotFound"
 
 
 class MethodNotAllowed(Refusal):
-    """A route that does not take this method."""
+    """The route does not take this method."""
 
     status = 405
     type = "MethodNotAllowed"
 
 
 class TooLarge(Refusal):
-    """More bytes than the server takes in one request."""
+    """The request has more bytes than the server takes."""
 
     status = 413
     type = "RequestTooLarge"
 
 
 class LargeHead(Refusal):
-    """More headers, or longer ones, than the server takes."""
+    """The request has more headers, or longer ones, than the server takes."""
 
     status = 431
     type = "RequestHeaderFieldsTooLarge"
 
 
 class TooManyDocuments(TooLarge):
-    """More documents than the server takes in one request."""
+    """The request has more documents than the server takes."""
 
 
 class BadMedia(Refusal):
-    """An image or video that cannot be had, read or taken."""
+    """An image or video cannot be fetched, read or accepted."""
 
     status = 422
     type = "UnprocessableEntityError"
 
 
 class ScoringFailed(Refusal):
-    """The model failed on a batch, or answered something that is not a number."""
+    """The model failed on a batch, or answered something that is not a finite number."""
 
 
 class Unavailable(Refusal):
-    """Not now. retry_after: whole seconds after which to ask again."""
+    """The server cannot answer now.
+
+    Args:
+        message: The text for the client.
+        retry_after: Whole seconds after which the client may ask again.
+    """
 
     status = 503
     type = "ServiceUnavailable"
@@ -186,21 +196,21 @@ class Overloaded(Unavailable):
 
 
 class NotReady(Unavailable):
-    """The model is still being compiled."""
+    """The model is still warming up."""
 
     def __init__(self) -> None:
         super().__init__("The model is warming up. Wait until GET /ready answers 200.", 5)
 
 
 class Closing(Unavailable):
-    """The server takes no new requests because it is going away."""
+    """The server takes no new requests, because it is shutting down."""
 
     def __init__(self) -> None:
         super().__init__("The server is shutting down. Send the request to another one.", 5)
 
 
 class Expired(Refusal):
-    """A request whose time was up before its answer was ready. Its documents are not scored any more."""
+    """The time of a request was up before its answer was ready. The rest of its documents is not scored."""
 
     status = 504
     type = "DeadlineExceeded"
@@ -217,21 +227,21 @@ class ClientGone(JaxrankError):
 
 
 def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
-    """The error object of all dialects but TEI's: see ErrorBody."""
+    """Return the error object of all dialects except TEI. See ErrorBody."""
     error = {"message": message, "type": kind, "param": None, "code": status}
     return {"error": error, "object": "error", **error, "detail": message}
 
 
 def internal(request_id: str, kind: type[Refusal] = Refusal) -> Refusal:
-    """The one answer to anything unforeseen: constant but for the id under which the log tells more."""
+    """Return the one answer to every unforeseen error. Only the id changes, under which the log says more."""
     return kind(f"Internal error. The server's log tells more under request id {request_id}.")
 
 
 def internal_error(request_id: str) -> Response:
-    """The same as an answer, where the dialect is not known."""
+    """Return the same answer as a response, for a request of unknown dialect."""
     return internal(request_id).response()
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """`content` as a JSON answer."""
+    """Return a JSON response with `content` as its body."""
     return Response(to_json(content, inf_nan_mode="null"), status, headers, media_type="application/json")

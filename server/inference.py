@@ -1,4 +1,4 @@
-"""The path of a request: read in its dialect, its media loaded, tokenised, scored, answered."""
+"""The path of a request: it is read in its dialect, its media are loaded, and it is tokenised, scored and answered."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxrank.errors import MediaError, RequestError, TooLongError
-from jaxrank.server import tokenizing
+from jaxrank.server.api import tokenize as tokenizing
+from jaxrank.server.api.request import Rerank, Scored, Terms, to_object
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.resolve import DIALECTS, HEADER, resolve, unknown
 from jaxrank.server.errors import BadMedia, BadRequest, Refusal, TooLarge, json_response
-from jaxrank.server.gate import Gate
-from jaxrank.server.media import MediaLoader
-from jaxrank.server.metrics import Stages
-from jaxrank.server.schema import Rerank, Scored, Terms, to_object
-from jaxrank.server.transport import LARGE_BYTES
+from jaxrank.server.http.gate import Gate
+from jaxrank.server.http.transport import LARGE_BYTES
+from jaxrank.server.media.loading import MediaLoader
+from jaxrank.server.observe.metrics import Stages
+from jaxrank.text.windows import best_of, documents_of, span_of
 from jaxrank.types import Encoded, Patches
-from jaxrank.windows import best_of, documents_of, span_of
 
 if TYPE_CHECKING:
-    from jaxrank.server.app import Scorer, Settings
+    from jaxrank.server.served_model import ServedModel
+    from jaxrank.server.settings import Settings
 
 TOO_LARGE = {"too_many_bytes", "too_many_items", "too_many_request_bytes", "too_many_patch_bytes"}
-"""Reasons to refuse media with 413."""
+"""The error codes of media that are refused with 413."""
 
 Read = Callable[[Dialect, dict[str, Any]], list[Rerank]]
-"""Makes of a JSON object the requests in it, usually one."""
+"""Turns a JSON object into the requests in it. Usually there is one."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A request on its way: as JSON, as what it asks for, tokenised."""
+    """One HTTP request in progress: its JSON object, the requests in it, and their encoded pairs."""
 
     dialect: Dialect
     raw: dict[str, Any]
@@ -52,12 +53,17 @@ class Work:
 class Inference:
     """Answers /rerank, /score and /tokenize under all their names.
 
-    threads: where tokenising runs. loader: None for a model of text.
+    Args:
+        reranker: The model.
+        settings: The application's settings.
+        gate: Every request enters through it.
+        threads: The executor that tokenises.
+        loader: Loads images and videos. None for a model that takes text only.
     """
 
     def __init__(
         self,
-        reranker: Scorer,
+        reranker: ServedModel,
         settings: Settings,
         gate: Gate,
         threads: Executor,
@@ -79,12 +85,22 @@ class Inference:
         )
 
     async def rerank(self, request: Request) -> Response:
-        """The ranking of documents, in the dialect of the request."""
+        """Answer with the ranking of the documents, in the dialect of the request.
+
+        Raises:
+            Refusal: The request cannot be answered.
+            ClientGone: The client has closed the connection.
+        """
         work, scored = await self._scored(request, lambda dialect, raw: [dialect.read(raw, self.terms)])
         return await self._answer(request, work, scored, lambda: work.dialect.answer(work.requests[0], scored[0]))
 
     async def score(self, request: Request) -> Response:
-        """The scores of pairs, in the order of the request."""
+        """Answer with the scores of the pairs, in the order of the request.
+
+        Raises:
+            Refusal: The request cannot be answered.
+            ClientGone: The client has closed the connection.
+        """
 
         def pairs(dialect: Dialect, raw: dict[str, Any]) -> Any:
             return dialect.pairs or resolve("/score", raw).pairs
@@ -96,8 +112,10 @@ class Inference:
     async def _answer(
         self, request: Request, work: Work, scored: Sequence[Scored], make: Callable[[], Any]
     ) -> Response:
-        """A 200 with what `make` returns. Its headers say what answers have no place for: dialect, scale, and how many
-        tokens were left out.
+        """Answer 200 with the result of `make`.
+
+        The headers carry what the answer's body has no place for: the dialect, the scale of the scores, and the number
+        of dropped tokens.
         """
         headers = {
             HEADER: work.dialect.name,
@@ -111,10 +129,17 @@ class Inference:
         with cast(Stages, request.state.stages)("answer"):
             if len(request.state.body) < LARGE_BYTES:
                 return respond()
-            return await asyncio.to_thread(respond)  # not among those that tokenise, which others may hold for long
+            return await asyncio.to_thread(respond)  # not a tokenising thread: long requests may occupy those
 
     async def tokenize(self, request: Request) -> Response:
-        """The tokens of a text, or of the pairs of a rerank request, which can be shown as the model sees them."""
+        """Answer with the tokens of a text, or of the pairs of a rerank request.
+
+        With `render` in the query string, the answer also shows each pair as the model sees it.
+
+        Raises:
+            Refusal: The request cannot be answered.
+            ClientGone: The client has closed the connection.
+        """
         render = tokenizing.flag(request.query_params.get("render"), "render")
 
         def read(dialect: Dialect, raw: dict[str, Any]) -> list[Rerank]:
@@ -125,7 +150,7 @@ class Inference:
             return json_response(await asyncio.get_running_loop().run_in_executor(self.threads, run))
 
     async def _scored(self, request: Request, read: Read) -> tuple[Work, list[Scored]]:
-        """The whole path of a request: read, tokenised, scored."""
+        """Read, tokenise and score a request."""
         async with self._encoded(request, read) as work:
             add = cast(Stages, request.state.stages).add
             if len(work.encoded) == 1:
@@ -161,7 +186,7 @@ class Inference:
 
     @contextlib.asynccontextmanager
     async def _encoded(self, request: Request, read: Read) -> AsyncIterator[Work]:
-        """The request, read and tokenised, as long as the block runs in the queue's place and its client is there."""
+        """Read and tokenise the request. The block holds a place in the queue, as long as the client is connected."""
         stages = cast(Stages, request.state.stages)
         loop = asyncio.get_running_loop()
         async with self.gate.enter(request) as body:
@@ -182,7 +207,13 @@ class Inference:
     def _read(
         self, request: Request, body: bytes, read: Read
     ) -> tuple[Dialect, dict[str, Any], list[Rerank], list[list[Encoded]] | None]:
-        """Parse, and tokenise what has no media. Thread-safe. Raises BadRequest or TooManyDocuments."""
+        """Parse the body, and tokenise it if it has no media. Thread-safe.
+
+        Raises:
+            BadRequest: The request is not valid.
+            TooLarge: The JSON has too many values.
+            TooManyDocuments: The request has more documents than the server takes.
+        """
         raw = to_object(body)
         state = request.state
         if getattr(state, "unknown_dialect", False):
@@ -195,7 +226,12 @@ class Inference:
         return dialect, raw, requests, self._encode_all(dialect, requests, [[] for _ in requests])
 
     async def _load(self, requests: Sequence[Rerank]) -> list[list[Patches]]:
-        """The images and videos of each request, in their order. Raises BadMedia or TooLarge, with their place."""
+        """Return the images and videos of each request, in their order.
+
+        Raises:
+            BadMedia: An image or video cannot be used. The message says where it is in the request.
+            TooLarge: The images and videos are too large or too many. The message says where.
+        """
         assert self.loader is not None, "media are refused before, where the model does not see"
         named = [one.media() for one in requests]
         flat = [media for own in named for media in own]
@@ -212,7 +248,11 @@ class Inference:
         return [self._encode(dialect, one, patches) for one, patches in zip(requests, seen, strict=True)]
 
     def _encode(self, dialect: Dialect, request: Rerank, seen: Sequence[Patches]) -> list[Encoded]:
-        """Tokenise. Thread-safe. Raises BadRequest."""
+        """Tokenise one request. Thread-safe.
+
+        Raises:
+            BadRequest: A pair does not fit or is not valid.
+        """
         instruct = request.instruct if self.reranker.takes_instruct else None
         query, documents = request.with_media(seen)
         try:
@@ -233,7 +273,10 @@ class Inference:
 
 
 async def dialect_of(request: Request) -> Dialect:
-    """The dialect in which to refuse a request. One that was to be scored gets its name as state.dialect."""
+    """Return the dialect for refusing a request.
+
+    If the request's body was read, state.dialect is set to the dialect's name.
+    """
     state = request.state
     known: str | None = getattr(state, "dialect", None)
     found: Dialect | None = DIALECTS[known] if known else getattr(state, "named_dialect", None)
@@ -247,7 +290,7 @@ async def dialect_of(request: Request) -> Dialect:
 
 
 def _guess(path: str, body: bytes) -> Dialect:
-    """The dialect of a request that was refused before it was read."""
+    """Return the dialect of a request that was refused before it was read."""
     try:
         return resolve(path, to_object(body))
     except Refusal:

@@ -1,12 +1,13 @@
-"""The device as the scheduler's thread uses it: calls of at most two batches under way, so that it need not wait.
+"""The device as the scheduler's thread uses it: at most two batches are under way, so that the device never waits.
 
-A batch's calls are handed over one by one and fetched in the same order. When less than `ahead` tokens wait behind the
-call that runs, the next one is planned, packed and handed over; where a batch has none left, the next batch is begun.
-So a batch is chosen when the last full row of the one before begins, and the device has that row to do meanwhile. With
-ahead = 0 one call is under way at a time, and a batch is begun when the one before is through.
+The calls of a batch are handed over one by one, and fetched in the same order. When fewer than `ahead` tokens wait
+behind the running call, the next call is planned, packed and handed over. If a batch has no call left, the next batch
+is begun. So a batch is chosen when the last full row of the batch before begins. The device computes that row
+meanwhile. With ahead = 0, one call is under way at a time. A batch is then begun when the batch before is finished.
 
-Failures. A batch whose calls cannot be handed over, or fail on the device, is halved once when nothing else is under
-way, and each half is tried by itself. The other batch loses nothing by that: what it has under way is fetched first.
+Failures. A batch fails if its calls cannot be handed over, or if they fail on the device. It is then halved once, when
+nothing else is under way, and each half is tried by itself. The other batch loses nothing, because its calls that are
+under way are fetched first.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from jaxrank.calls import Call, Fetch, Scored, has_room
+from jaxrank.runtime.calls import Call, Fetch, Scored, has_room
 from jaxrank.types import Encoded
 
 log = logging.getLogger(__name__)
 
 Calls = Callable[[Sequence[Encoded]], Iterator[Call]]
-"""Makes of pairs the calls that score them, each planned and packed when it is asked for."""
+"""Turns pairs into the calls that score them. Each call is planned and packed when it is requested."""
 
 AT_ONCE = 2
-"""Batches: one runs, one is handed over."""
+"""Batches under way: one runs, and one is handed over."""
 
 
 class Run:
-    """A batch on its way through the device.
+    """A batch under way.
 
-    logits: float32, one a pair, NaN where there is none. lost: which pairs have none because they failed twice, once it
-    is through. disturbed: another batch failed meanwhile, so its time says nothing.
+    Attributes:
+        logits: float32, one a pair. NaN for a pair without a logit.
+        lost: Which pairs have no logit because they failed twice. It is valid when the batch is finished.
+        disturbed: Whether another batch failed meanwhile, so that the time of this one says nothing.
     """
 
     __slots__ = ("calls", "disturbed", "failed", "logits", "lost", "over", "pairs", "scored", "sees", "under_way")
@@ -43,8 +46,8 @@ class Run:
         self.logits = np.full(len(pairs), np.nan, np.float32)
         self.lost = np.zeros(len(pairs), bool)
         self.sees = any(pair.media is not None or pair.prefix_media is not None for pair in pairs)
-        self.calls: Iterator[Call] | None = None  # not begun
-        self.under_way = 0  # calls handed over and not fetched
+        self.calls: Iterator[Call] | None = None  # None until the batch is begun
+        self.under_way = 0  # calls handed over but not fetched
         self.over = False  # it has no more calls
         self.scored = 0
         self.failed = False
@@ -52,11 +55,18 @@ class Run:
 
     @property
     def through(self) -> bool:
-        """Whether nothing is left to do but to try halves of it, where it failed."""
+        """Whether the batch is finished. If it failed, its halves are still to be tried."""
         return not self.under_way and (self.failed or self.over or self.scored == len(self.pairs))
 
     def take(self, scored: Scored) -> None:
-        """Note the logits of some pairs. Raises RuntimeError where they are not one a pair."""
+        """Note the logits of some pairs.
+
+        Args:
+            scored: Indices of pairs, and their logits of shape (pairs,).
+
+        Raises:
+            RuntimeError: There is not one logit a pair.
+        """
         indices, values = scored
         if values.shape != (len(indices),):
             raise RuntimeError(f"{len(indices)} pairs were scored as an array of shape {values.shape}")
@@ -64,47 +74,52 @@ class Run:
         self.scored += len(indices)
 
     def fail(self) -> None:
-        """Note the exception at hand. Nothing more is handed over, and what is under way does not count."""
+        """Log the current exception. No more calls are handed over, and calls under way do not count."""
         if not self.failed:
             log.exception("scoring %d pairs failed", len(self.pairs))
         self.failed = True
         self.calls = iter(())
 
     def close(self) -> None:
-        """Note whether pairs are missing, now that it is through."""
+        """Note whether pairs are missing, now that the batch is finished."""
         if not self.failed and self.scored < len(self.pairs):
             log.error("%d of %d pairs were scored", self.scored, len(self.pairs))
             self.failed = True
 
 
 class Pipeline:
-    """All batches that are under way. For one thread. calls, ahead: of a Reranker."""
+    """All batches that are under way. For one thread only.
+
+    Args:
+        calls: Of a Reranker.
+        ahead: Of a Reranker, in tokens.
+    """
 
     def __init__(self, calls: Calls, ahead: int) -> None:
         self._calls = calls
         self._ahead = ahead
-        self._runs: deque[Run] = deque()  # oldest first; only the last may have calls to hand over
-        self._under_way: deque[tuple[Run, int, Fetch]] = deque()  # with the tokens of the call, oldest first
+        self._runs: deque[Run] = deque()  # oldest first; only the last may still have calls to hand over
+        self._under_way: deque[tuple[Run, int, Fetch]] = deque()  # batch, tokens of the call, fetch; oldest first
 
     def begin(self, pairs: Sequence[Encoded]) -> Run:
-        """Put a batch behind the others. Call it when `fill` said that there is room."""
+        """Put a batch behind the others. Call it when `fill` returned True."""
         self._runs.append(run := Run(pairs))
         return run
 
     def fill(self) -> bool:
-        """Hand over what there is room for; whether another batch should be begun as well."""
+        """Hand over as many calls as there is room for. Return whether another batch should be begun as well."""
         while not any(run.failed for run in self._runs) and self._has_room():
             if not self._runs:
                 return True
             run = self._runs[-1]
             if run.calls is None and run.sees and self._under_way:
-                return False  # the vision tower is waited for, and the answers of the batch before would wait with it
+                return False  # the vision tower blocks, and would delay the answers of the batch before
             if not self._hand_over(run):
                 return bool(self._under_way) and len(self._runs) < AT_ONCE
         return False
 
     def next_through(self) -> Run | None:
-        """Wait for the oldest call; the batch that is through then, or None."""
+        """Wait for the oldest call. Return the batch that is finished then, or None."""
         if self._under_way:
             self._fetch()
         run = self._runs[0]
@@ -120,7 +135,7 @@ class Pipeline:
         return self._runs.popleft()
 
     def score(self, pairs: Sequence[Encoded]) -> Run:
-        """Score pairs while nothing else is under way, one call at a time; nothing is tried twice."""
+        """Score pairs while nothing else is under way, one call at a time. Nothing is tried twice."""
         run = Run(pairs)
         while not run.through and self._hand_over(run):
             while self._under_way:
@@ -132,7 +147,7 @@ class Pipeline:
         return has_room([tokens for _, tokens, _ in self._under_way], self._ahead)
 
     def _hand_over(self, run: Run) -> bool:
-        """Plan, pack and run the next call. Whether there was one left, or it failed."""
+        """Plan, pack and run the next call. Return False if there was none left, True also if it failed."""
         try:
             if run.calls is None:
                 run.calls = self._calls(run.pairs)
@@ -156,7 +171,7 @@ class Pipeline:
             run.fail()
 
     def _halve(self, run: Run) -> None:
-        """Score the halves of a batch that failed, by tokens. A single pair is not tried again."""
+        """Score the two halves of a failed batch, split by tokens. A single pair is not tried again."""
         pairs = run.pairs
         run.lost[:] = True
         if len(pairs) == 1:

@@ -1,20 +1,23 @@
-"""Pairs of many requests scored together: a queue on the event loop's side, one thread on the device's side.
+"""The scheduler scores pairs of many requests together: a queue for the event loop, and one thread for the device.
 
-Order. A request's deadline is the number of tokens that the device had been given when the request came, plus the
-request's own tokens; the earliest deadline goes first. So requests of one size are served first come, first served
-(each is finished before the next is begun, which keeps the mean wait low and the clients out of step), a request of
-one document overtakes one of a thousand that came before it, and the large one cannot starve: newcomers overtake it
-only until the device has been given as many tokens as it has itself.
+Order. A request gets a deadline, counted in tokens. It is the number of tokens that the device had received when the
+request came, plus the request's own tokens. The earliest deadline goes first, which has three effects:
 
-Batches. The thread chooses its next batch when the last full row of the one before begins, so that the batch holds all
-who came until then and the device goes on without a gap (see pipeline); where rows run one at a time, as on CPU, when
-the one before is through. It takes, in order of deadline, the longest pair that still fits, until nothing does: rows
-come out full to a few tokens.
+- Requests of one size are served first come, first served. Each is finished before the next is begun. This keeps the
+  mean wait low, and the clients out of step.
+- A request of one document overtakes a request of a thousand documents that came before it.
+- The large request cannot starve. Newcomers overtake it only until the device has received as many tokens as the large
+  request has itself.
 
-Failures. A batch that fails is halved once and each half is tried; the requests of a half that fails again are failed.
-A batch that is under way beside it goes on. After several batches in a row of which nothing could be scored the
-scheduler is `failing`. It goes on with what comes, and tries a probe of its own where nothing does, so that it notices
-when the device is well again.
+Batches. The thread chooses its next batch when the last full row of the batch before begins. So the batch holds all
+requests that came until then, and the device goes on without a gap (see pipeline). If rows run one at a time, as on
+CPU, the thread chooses when the batch before is finished. In order of deadline, it takes the longest pair that still
+fits, until no pair fits. So rows are full except for a few tokens.
+
+Failures. A batch that fails is halved once, and each half is tried. If a half fails again, its requests fail. Another
+batch that is under way at that time goes on. If nothing could be scored in several batches in a row, the scheduler is
+`failing`. It still scores the requests that come. If none come, it scores a probe of its own, so that it notices when
+the device works again.
 """
 
 from __future__ import annotations
@@ -41,13 +44,21 @@ log = logging.getLogger(__name__)
 Logits = np.ndarray
 
 Stage = Callable[[str, float, float], None]
-"""Told of a stage that is over: its name, begin and end by time.perf_counter()."""
+"""Called when a stage is over, with its name, begin and end. Times are by time.perf_counter()."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """A batch that is through. fill: its tokens by the most that one takes. seconds: since it was chosen, or since the
-    one before was through, where that ran still."""
+    """A batch that is finished.
+
+    Args:
+        pairs: The number of its pairs.
+        tokens: The number of tokens of its pairs.
+        fill: Its tokens divided by the most tokens of a batch.
+        seconds: The time since the batch was chosen. If the batch before was still running then, the time since that
+            one finished.
+        failed_pairs: The number of pairs that could not be scored.
+    """
 
     pairs: int
     tokens: int
@@ -59,10 +70,15 @@ class BatchReport:
 class Job:
     """One request in the queue.
 
-    waiting: indices of the pairs that no batch has taken yet, shortest first, lengths in step: of their own tokens,
-    since a batch computes the prefix that they share but once. logits: float32, one a
-    pair, filled batch by batch. unscored: how many are still missing. deadline: see the module. submitted, begun: when
-    it came, and when a batch first took of it, by time.perf_counter().
+    Attributes:
+        waiting: Indices of the pairs that no batch has taken yet, shortest first.
+        lengths: The lengths of the waiting pairs, in the same order. They count a pair's own tokens only, since a batch
+            computes the shared prefix once.
+        logits: float32, one a pair. Each batch fills in its part.
+        unscored: The number of pairs without a logit.
+        deadline: In tokens; the module describes it.
+        submitted: When the request came, by time.perf_counter().
+        begun: When a batch first took one of its pairs, by time.perf_counter().
     """
 
     __slots__ = (
@@ -85,15 +101,27 @@ class Job:
         self.begun = 0.0
 
     def take(self, room: int) -> tuple[int, int] | None:
-        """The longest waiting pair of at most `room` own tokens, as (index, length); None if there is none."""
+        """Remove the longest waiting pair that fits.
+
+        Args:
+            room: Most tokens of the pair, without the prefix.
+
+        Returns:
+            The pair as (index, length), or None if none fits.
+        """
         at = bisect_right(self.lengths, room) - 1
         return (self.waiting.pop(at), self.lengths.pop(at)) if at >= 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What is scored together. pairs: (request, index of its pair), in their order. given: tokens that the device
-    computes for it. chosen: when, by time.perf_counter()."""
+    """The pairs that are scored together.
+
+    Args:
+        pairs: One (request, index of its pair) for each pair, in order.
+        given: The number of tokens that the device computes for the batch.
+        chosen: When the batch was chosen, by time.perf_counter().
+    """
 
     pairs: list[tuple[Job, int]]
     given: int
@@ -101,14 +129,21 @@ class Batch:
 
 
 class Scheduler:
-    """Scores the pairs of all requests on one thread. All methods are for the event loop's thread.
+    """Scores the pairs of all requests on one thread. Call its methods on the event loop's thread only.
 
-    calls, ahead: of a Reranker; the device thread alone uses them. batch_tokens: most tokens of a batch (a longer
-    single pair goes alone). max_tokens, max_requests: no request is admitted while the queue holds that many.
-    max_wait_s: nor while the queue's tokens would take that long at the measured speed.
-    prepare: run on the device thread before anything is scored. on_failure: told when prepare failed or the thread
-    died; nothing will be scored any more. on_batch: told of every batch, on the device thread. fail_after: batches in a
-    row of which nothing could be scored, until `failing`. probe: pairs to try every probe_s seconds then.
+    Args:
+        calls: Of a Reranker. Only the device thread uses it.
+        ahead: Of a Reranker. Only the device thread uses it.
+        batch_tokens: Most tokens of a batch. A single pair that is longer goes alone.
+        max_tokens: No request is admitted while the queue holds so many tokens.
+        max_requests: No request is admitted while the queue holds so many requests.
+        max_wait_s: No request is admitted while the queue's tokens would take so many seconds at the measured speed.
+        prepare: Runs on the device thread before anything is scored.
+        on_failure: Called when prepare failed or the thread died. Nothing is scored after that.
+        on_batch: Called for every batch, on the device thread.
+        fail_after: After so many batches in a row without any scored pair, the scheduler is `failing`.
+        probe: Returns the pairs that are tried while the scheduler is failing.
+        probe_s: Seconds between two probes.
     """
 
     def __init__(
@@ -144,31 +179,39 @@ class Scheduler:
         self._closing = False
         self.ready = False
         self.failed = False
-        self.failures = 0  # batches in a row of which nothing could be scored
-        self.failing_since = 0.0  # by time.monotonic(); 0: it is not failing
+        self.failures = 0  # batches in a row without any scored pair
+        self.failing_since = 0.0  # by time.monotonic(); 0 if it is not failing
         self.requests = 0  # admitted and not answered
         # Shared with the device thread, under _change:
         self._change = threading.Condition()
-        self._jobs: list[Job] = []  # with waiting pairs, by deadline
-        self._clock = 0  # tokens ever given to the device
+        self._jobs: list[Job] = []  # those with waiting pairs, by deadline
+        self._clock = 0  # all tokens that the device has received
         self._stop = False
         self.tokens = 0  # submitted and not scored
         self._rate = 0.0  # tokens a second, smoothed
-        self._busy_since = 0.0  # since when the device thread works on the batch, or on what the last one left to do
-        self._batches: deque[Batch] = deque()  # under way, oldest first; the device thread's own
+        self._busy_since = 0.0  # when the device thread began to work on this batch, or on the rest of the last one
+        self._batches: deque[Batch] = deque()  # under way, oldest first; only the device thread uses it
 
     def start(self) -> None:
-        """Start the device thread. Raises RuntimeError outside an event loop, or on a second call."""
+        """Start the device thread.
+
+        Raises:
+            RuntimeError: No event loop runs, or the thread was started before.
+        """
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def refuse_new(self) -> None:
-        """Admit no one any more. What was admitted is finished."""
+        """Admit no more requests. The admitted requests are finished."""
         self._closing = True
 
     async def close(self, patience_s: float | None = None) -> None:
-        """Take nothing new, finish what was admitted, end the thread. patience_s: most seconds for the batch that runs
-        when all requests are gone; the thread is left alone then, and ends with the process."""
+        """Admit no more requests, finish the admitted ones, and end the thread.
+
+        Args:
+            patience_s: Most seconds to wait for the running batch when all requests are gone. After that the thread is
+                left alone, and ends with the process.
+        """
         self.refuse_new()
         if not self.failed:
             await self._idle.wait()
@@ -186,25 +229,31 @@ class Scheduler:
 
     @property
     def rate(self) -> float:
-        """Tokens that are scored a second, smoothed; 0 before the first batch."""
+        """Scored tokens a second, smoothed. It is 0 before the first batch."""
         return self._rate
 
     @property
     def wait_s(self) -> float:
-        """Seconds until all that waits now is scored, by the measured speed; 0 before the first batch."""
+        """Seconds until all waiting tokens are scored, at the measured speed. It is 0 before the first batch."""
         return self.tokens / self._rate if self._rate else 0.0
 
     @property
     def failing(self) -> bool:
-        """Whether the last batches failed altogether. A success ends it."""
+        """Whether nothing could be scored in the last batches. One success ends this state."""
         return self.failures >= self._fail_after
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
-        """Hold a place in the queue, from before tokenising until the answer. Raises Overloaded or Closing.
+        """Hold a place in the queue, from before tokenising until the answer.
 
-        A request is judged by the queue that it finds, not by its own size, so that a large one is never refused for
-        good; the queue holds at most `max_tokens` and one request a place already held.
+        Whether a request is admitted depends on the queue that it finds, not on its own size. So a large request is
+        never refused for good. The queue holds at most `max_tokens`, plus one request for each place that is already
+        held.
+
+        Raises:
+            Overloaded: The queue is full.
+            Closing: The server is shutting down.
+            ScoringFailed: Scoring has stopped for good.
         """
         self.check_room()
         self.requests += 1
@@ -217,7 +266,13 @@ class Scheduler:
                 self._idle.set()
 
     def check_room(self) -> None:
-        """Raise what admit() would raise now."""
+        """Raise the error that admit() would raise now.
+
+        Raises:
+            Overloaded: The queue is full.
+            Closing: The server is shutting down.
+            ScoringFailed: Scoring has stopped for good.
+        """
         if self._closing:
             raise Closing
         if self.failed:
@@ -226,10 +281,20 @@ class Scheduler:
             raise Overloaded(self.retry_after())
 
     async def submit(self, encoded: Sequence[Encoded], stage: Stage = lambda name, begin, end: None) -> Logits:
-        """Logits of the pairs, float32, in order; call it inside admit(). Raises ScoringFailed.
+        """Return the logits of the pairs. Call it inside admit().
 
-        stage: told of "wait", until a batch first takes of it, and of "score", from there to the last result. When the
-        caller is cancelled, pairs that no batch holds yet are never scored.
+        If the caller is cancelled, the pairs that no batch holds yet are never scored.
+
+        Args:
+            encoded: The pairs of one request.
+            stage: Called for "wait", which lasts until a batch first takes one of the pairs. Called also for "score",
+                which lasts from there to the last result.
+
+        Returns:
+            Logits, float32 of shape (pairs,), in the order of `encoded`.
+
+        Raises:
+            ScoringFailed: The model failed on these pairs, or scoring has stopped for good.
         """
         if not encoded:
             return np.zeros(0, np.float32)
@@ -251,11 +316,11 @@ class Scheduler:
                 stage("score", job.begun, end)
 
     def retry_after(self) -> int:
-        """Whole seconds until about half of the queue is scored, 1 to 60."""
+        """Return the whole seconds until about half of the queue is scored, from 1 to 60."""
         return min(60, max(1, math.ceil(self.wait_s / 2)))
 
     def _drop(self, job: Job) -> None:
-        """Forget the pairs of a job that no batch holds yet. The caller holds _change."""
+        """Remove a job's pairs that no batch holds yet. The caller holds _change."""
         job.dropped = True
         if job.waiting and not self.failed:
             self.tokens -= sum(job.lengths)
@@ -263,10 +328,10 @@ class Scheduler:
             job.lengths.clear()
             self._jobs.remove(job)
 
-    # The rest runs on the device thread.
+    # The methods below run on the device thread.
 
     def _main(self) -> None:
-        """Prepare, then score until told to stop. Whatever gets here ends the scheduler, not the process."""
+        """Prepare, then score until the scheduler is stopped. An error here ends the scheduler, not the process."""
         try:
             self._prepare()
             self._busy_since = time.perf_counter()
@@ -277,13 +342,13 @@ class Scheduler:
             with self._change:
                 self.failed, self.ready = True, False
                 jobs = self._jobs + [job for batch in self._batches for job, _ in batch.pairs]
-            if not self._closing:  # a warm-up that was told to stop is no failure
+            if not self._closing:  # a warm-up that a shutdown stops is no failure
                 self._on_failure(error)
             failure = ScoringFailed("Scoring has stopped for good. The server has to be restarted.")
             self._answer([(job, failure) for job in jobs])
 
     def _advance(self) -> None:
-        """Begin a batch where there is room for one, or wait for the device."""
+        """Begin a batch if there is room for one, otherwise wait for the device."""
         if self._pipeline.fill():
             if batch := self._next_batch():
                 self._batches.append(batch)
@@ -298,13 +363,16 @@ class Scheduler:
             self._batches.popleft()
 
     def _ended(self) -> bool:
-        """Whether nothing is left and nothing will come."""
+        """Return whether nothing is left and nothing will come."""
         with self._change:
             return self._stop and not self._jobs
 
     def _next_batch(self) -> Batch | None:
-        """The next batch, waiting for one while none is under way; None when told to stop and nothing is left, or when
-        it is time to probe."""
+        """Return the next batch. While none is under way, wait for one.
+
+        Returns:
+            The batch. None if the scheduler is stopped and nothing is left, or if it is time to probe.
+        """
         with self._change:
             while not self._jobs and not self._stop and not self._batches:
                 woken = self._change.wait(self._probe_s if self.failing else None)
@@ -316,7 +384,7 @@ class Scheduler:
             room = self._batch_tokens
             for job in self._jobs:
                 prefix = job.prefix
-                # Only the first pair of a batch may be longer than the batch: it goes alone.
+                # Only the first pair may be longer than a batch. It goes alone.
                 while taken := job.take(room - prefix if pairs else max(room - prefix, job.lengths[-1])):
                     job.begun = job.begun or now
                     pairs.append((job, taken[0]))
@@ -330,7 +398,7 @@ class Scheduler:
             return Batch(pairs, given, now) if pairs else None
 
     def _finish(self, batch: Batch, run: Run) -> None:
-        """Answer the requests that a batch completes, or fails."""
+        """Answer the requests that a batch completes or fails."""
         ended = time.perf_counter()
         seconds = max(ended - max(batch.chosen, self._busy_since), 1e-6)
         busy_s, self._busy_since = max(ended - self._busy_since, 1e-6), ended
@@ -354,12 +422,12 @@ class Scheduler:
         self._on_batch(BatchReport(len(failed), tokens, batch.given / self._batch_tokens, seconds, sum(failed)))
 
     def _probed(self) -> bool:
-        """Whether the device can score what is tried while it is failing."""
+        """Return whether the device can score the probe."""
         pairs = self._probe()
         return bool(pairs) and not self._pipeline.score(pairs).failed
 
     def _note_success(self, success: bool) -> None:
-        """Count failures in a row, and log when they begin to matter and when they end."""
+        """Count the failures in a row. Log when the scheduler starts failing, and when it recovers."""
         failing = self.failing
         self.failures = 0 if success else self.failures + 1
         if self.failing and not failing:
@@ -370,15 +438,22 @@ class Scheduler:
             log.warning("scoring works again: ready")
 
     def _answer(self, answers: Sequence[tuple[Job, Logits | ScoringFailed]]) -> None:
-        """Hand results to the event loop, all of a batch in one go: waking it costs a system call."""
+        """Give the results of a batch to the event loop in one call, because each wake-up costs a system call."""
         if answers:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for an answer
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so no request waits for an answer
                 self._loop.call_soon_threadsafe(_resolve, answers)
 
 
 def smoothed(rate: float, measured: float) -> float:
-    """The next estimate of a speed. It follows slower measurements sooner than faster ones: under pressure the queue
-    fills up to every peak of the estimate, and would be too long by the time it is scored."""
+    """Return the next estimate of a speed.
+
+    The estimate follows slow measurements faster than fast ones. Under load the queue fills up to every peak of the
+    estimate. At too high an estimate, the queue would be too long by the time it is scored.
+
+    Args:
+        rate: The estimate so far. 0 if there is none.
+        measured: The newest measurement, in the same unit.
+    """
     return measured if not rate else rate + (measured - rate) * (0.1 if measured < rate else 0.02)
 
 
@@ -387,7 +462,10 @@ def _deadline(job: Job) -> int:
 
 
 def _checked(logits: Logits) -> Logits | ScoringFailed:
-    """The logits, or the failure if one is not a number: JSON has no NaN, and such a ranking means nothing."""
+    """Return the logits, or a failure if one of them is not finite.
+
+    JSON has no NaN, and a ranking with NaN means nothing.
+    """
     bad = int(np.count_nonzero(~np.isfinite(logits)))
     if not bad:
         return logits
@@ -396,7 +474,7 @@ def _checked(logits: Logits) -> Logits | ScoringFailed:
 
 
 def _resolve(answers: Sequence[tuple[Job, Logits | ScoringFailed]]) -> None:
-    """Wake the requests, on the event loop's thread."""
+    """Wake the requests. Runs on the event loop's thread."""
     for job, answer in answers:
         if job.future.done():
             continue

@@ -11,15 +11,16 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jaxrank.server import logs
-from jaxrank.server.app import Scorer, create_app
-from jaxrank.server.connections import Config, Server, allow_open_files
+from jaxrank.server.app import create_app
+from jaxrank.server.http.connections import Config, Server, allow_open_files
+from jaxrank.server.observe import logs
+from jaxrank.server.served_model import ServedModel
 
 log = logging.getLogger(__name__)
 
 
 def serve(
-    reranker: Scorer,
+    reranker: ServedModel,
     host: str = "127.0.0.1",
     port: int = 30000,
     *,
@@ -31,12 +32,28 @@ def serve(
     log_format: str = "text",
     **settings: Any,
 ) -> int:
-    """Serve `reranker` on host:port until Ctrl-C or SIGTERM, then finish what was accepted and return 0.
+    """Serve `reranker` on host:port until Ctrl-C or SIGTERM, then finish the accepted requests.
 
-    port: 0 picks a free one, which the log names. shutdown_grace_s: to finish in; what is left then is answered 503.
-    max_connections, head_timeout_s, write_timeout_s: see connections.Config. log_format: "text" or "json". settings: as
-    create_app takes them. Raises SystemExit, with the reason as its text and so status 1, when the port cannot be had
-    or the model cannot be warmed up.
+    Args:
+        reranker: The model.
+        host: The address to listen on.
+        port: The port to listen on. 0 picks a free port, and the log names it.
+        shutdown_grace_s: Seconds to finish in at the end. The requests that are left after that are answered 503.
+        max_connections: See connections.Config.
+        head_timeout_s: See connections.Config.
+        write_timeout_s: See connections.Config.
+        max_header_bytes: Most bytes of the address and the headers of one request.
+        log_format: "text" or "json".
+        **settings: More arguments of create_app.
+
+    Returns:
+        0, the exit status.
+
+    Raises:
+        RequestError: A setting is not valid.
+        SystemExit: The port is not available, or the model cannot be warmed up, or scoring stopped for good. Its text
+            is the reason, so the exit status is 1.
+        ValueError: log_format is unknown.
     """
     failures: list[BaseException] = []
 
@@ -67,20 +84,27 @@ def serve(
 
 
 def forget_garbage() -> None:
-    """Keep what is there now out of Python's garbage collections: JAX's and the models' objects live as long as the
-    process, and a look at all of them would stop the event loop for 0.3 s again and again."""
+    """Exclude all present objects from Python's garbage collection.
+
+    JAX's objects and the models' objects live as long as the process. To look at all of them would stop the event loop
+    for 0.3 s again and again.
+    """
     gc.collect()
     gc.freeze()
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on host:port. Raises SystemExit."""
+    """Return a socket that listens on host:port.
+
+    Raises:
+        SystemExit: The socket cannot listen there.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(2048)  # from here on clients wait rather than being turned away
+        listener.listen(2048)  # from here on clients wait, and are not turned away
     except (OSError, OverflowError) as error:
         listener.close()
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -92,7 +116,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM, too, end in KeyboardInterrupt after the drain, so that both end with exit status 0."""
+    """Let SIGTERM also raise KeyboardInterrupt after the drain, so that both signals end with exit status 0."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

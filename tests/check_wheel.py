@@ -34,8 +34,8 @@ def main() -> None:
         assert not missing, f"the wheel lacks {sorted(missing)}"
         for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
             assert f"jaxrank/builtin/{name}" in names, f"the wheel lacks the built-in model's {name}"
-        assert "jaxrank/server/page.html" in names, "the wheel lacks the page"
-        templates = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxrank/templates").rglob("*.jinja")}
+        assert "jaxrank/server/http/page.html" in names, "the wheel lacks the page"
+        templates = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxrank/text/templates").rglob("*.jinja")}
         assert templates, "no templates were found"
         assert templates <= names, f"the wheel lacks {sorted(templates - names)}"
         tops = {name.split("/")[0] for name in names if ".dist-info" not in name}

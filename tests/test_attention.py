@@ -18,9 +18,10 @@ import pytest
 from flax import nnx
 
 from jaxrank import ModelError, RequestError, Reranker, convert
-from jaxrank.attention import Choice, Failure, Sample, choose, settle, use_implementation
 from jaxrank.kernels import IMPLEMENTATIONS, Implementation, line, rotary, tiles, xla
-from jaxrank.scoring import CompilationCounter, Scorer
+from jaxrank.runtime.attention import Choice, Failure, Sample, choose, settle, use_implementation
+from jaxrank.runtime.compile_cache import CompilationCounter
+from jaxrank.runtime.scorer import Scorer
 from jaxrank.types import AttentionShape, Layout
 from tests.checkpoints import TEXT, make_bge, make_qwen3
 from tests.media import photo
@@ -102,7 +103,7 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def put(name: str, body: Body, **more: Any) -> None:
         monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(body, tiles.make_layout, **more))
-        monkeypatch.setattr("jaxrank.attention.default_line", lambda dtype: (name, "tiled"))
+        monkeypatch.setattr("jaxrank.runtime.attention.default_line", lambda dtype: (name, "tiled"))
 
     return put
 
@@ -114,7 +115,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     caplog.clear()
     with caplog.at_level(logging.WARNING, "jaxrank"):
         yield told
-    told += [record.getMessage() for record in caplog.records if record.name == "jaxrank.attention"]
+    told += [record.getMessage() for record in caplog.records if record.name == "jaxrank.runtime.attention"]
 
 
 class TestLine:

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from jaxrank import checkpoint
 from jaxrank.errors import CheckpointError, ModelError, UnsupportedError
 from jaxrank.models import settings_of
+from jaxrank.weights import converted as checkpoint
 
 CONFIG = {
     "architectures": ["XLMRobertaForSequenceClassification"],

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from jaxrank import CrossEncoder, Reranker, convert
 from jaxrank.cross_encoder import cut_longest_first
 from jaxrank.errors import CheckpointError, RequestError
-from jaxrank.tokens import PairTokenizer
+from jaxrank.text.tokenizer import PairTokenizer
 from tests.checkpoints import TEXT, edit_config, make_bge, make_qwen3
 
 QUERY = "what is panda?"

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxrank import decoding
-from jaxrank.decoding import Decoder
 from jaxrank.errors import JaxrankError, MediaError
-from jaxrank.media import REASONS, Limits
-from jaxrank.patches import image_patches, video_patches
+from jaxrank.media import decoding
+from jaxrank.media.decoding import Decoder
+from jaxrank.media.images import REASONS, Limits
+from jaxrank.media.patches import image_patches, video_patches
 from tests.media import clip, encoded, photo, png_header
 
 SMALL = encoded(photo(64, 64))

@@ -22,10 +22,10 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from jaxrank.errors import CheckpointError, MediaError, RequestError, UnsupportedError
-from jaxrank.media import REASONS, Frames, Limits, Preprocessing, fit
-from jaxrank.patch_rows import PATCH_LADDER
-from jaxrank.patches import changed, cut, image_patches, read_preprocessing, video_patches
-from jaxrank.video import sample, step_seconds, video_frames, video_size
+from jaxrank.media.grid import PATCH_LADDER
+from jaxrank.media.images import REASONS, Frames, Limits, Preprocessing, fit
+from jaxrank.media.patches import changed, cut, image_patches, read_preprocessing, video_patches
+from jaxrank.media.video import sample, step_seconds, video_frames, video_size
 from tests.media import clip, encoded, lasting, photo, png_header, sound, turned
 
 SETTINGS = Preprocessing()

@@ -15,11 +15,11 @@ from transformers.video_utils import VideoMetadata
 
 from benchmarks.checkpoints import make_qwen_tokenizer
 from jaxrank.errors import RequestError, TooLongError
-from jaxrank.packing import Features, pack, plan, row_size
-from jaxrank.patch_rows import mrope_positions
-from jaxrank.patches import image_patches, video_patches
-from jaxrank.prompt_tokens import Part, PromptTokenizer
-from jaxrank.prompts import load_prompt
+from jaxrank.media.grid import mrope_positions
+from jaxrank.media.patches import image_patches, video_patches
+from jaxrank.runtime.packing import Features, pack, plan, row_size
+from jaxrank.text.prompt_tokens import Part, PromptTokenizer
+from jaxrank.text.prompts import load_prompt
 from jaxrank.types import Encoded, Patches
 from tests.checkpoints import TEXT
 from tests.media import photo

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrank.packing import LADDER, bucket_of, buckets, media_buckets, pack, plan, row_size, slots
-from jaxrank.patch_rows import PATCH_LADDER
+from jaxrank.media.grid import PATCH_LADDER
+from jaxrank.runtime.packing import LADDER, bucket_of, buckets, media_buckets, pack, plan, row_size, slots
 from jaxrank.types import NO_PREFIX, Encoded
 
 

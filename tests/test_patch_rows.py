@@ -15,16 +15,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from jaxrank.kernels import IMPLEMENTATIONS
-from jaxrank.patch_rows import (
-    PATCH_LADDER,
-    Grid,
-    cut_features,
-    mrope_positions,
-    pack_patches,
-    patch_bucket,
-    plan_patches,
-    tokens_of,
-)
+from jaxrank.media.grid import PATCH_LADDER, Grid, mrope_positions, tokens_of
+from jaxrank.runtime.patch_packing import cut_features, pack_patches, patch_bucket, plan_patches
 from jaxrank.types import Patches
 
 GRIDS: list[Grid] = [(1, 4, 6), (3, 6, 4), (1, 2, 20), (1, 90, 80), (1, 2, 2), (2, 48, 48)]

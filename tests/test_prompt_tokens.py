@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.publisher import Script
 from jaxrank.errors import RequestError, TooLongError
-from jaxrank.prompt_tokens import PromptTokenizer
-from jaxrank.prompts import load_prompt
-from jaxrank.tokens import Cut, written
+from jaxrank.text.prompt_tokens import PromptTokenizer
+from jaxrank.text.prompts import load_prompt
+from jaxrank.text.tokenizer import Cut, written
 from jaxrank.types import Encoded
 from tests.checkpoints import TEXT, make_qwen_tokenizer
 

@@ -71,7 +71,7 @@ class TestScores:
 class TestPrompts:
     def test_the_template_decides(self, reranker: Reranker, folder: Path, tmp_path: Path) -> None:
         file = tmp_path / "mine.jinja"
-        file.write_text((Path(__file__).parent.parent / "jaxrank/templates/qwen3/sglang.jinja").read_text())
+        file.write_text((Path(__file__).parent.parent / "jaxrank/text/templates/qwen3/sglang.jinja").read_text())
         sglang = load(folder, prompt="sglang").score(QUERY, TEXT, progress=False)
         assert np.array_equal(load(folder, chat_template=file).score(QUERY, TEXT, progress=False), sglang)
         assert np.abs(reranker.score(QUERY, TEXT, progress=False) - sglang).max() > 1e-3

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.publisher import INSTRUCT, PREFIX, SUFFIX
 from jaxrank.errors import RequestError
-from jaxrank.prompts import PROMPTS, Prompt, Slot, Texts, load_prompt, unwrap
+from jaxrank.text.prompts import PROMPTS, Prompt, Slot, Texts, load_prompt, unwrap
 
 
 def write(prompt: Prompt, query: str, document: str, instruct: str | None = None) -> str:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jaxrank import Reranker, checkpoint, convert
+from jaxrank import Reranker, convert
 from jaxrank.errors import CheckpointError, RequestError
-from jaxrank.scoring import take_tower, whole
+from jaxrank.runtime.programs import take_tower, whole
 from jaxrank.sharding import choose_mesh, make_mesh
+from jaxrank.weights import converted as checkpoint
 from tests.checkpoints import make_bge, make_qwen3, make_qwen3_vl
 from tests.test_sharding import Device, make_vl, rows
 

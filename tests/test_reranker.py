@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, XLMRobertaForSequenceClassification
 
 from jaxrank.errors import CheckpointError, JaxrankError, RequestError, TooLongError
 from jaxrank.reranker import Reranker, sigmoid
-from jaxrank.tokens import PairTokenizer
+from jaxrank.text.tokenizer import PairTokenizer
 from tests.checkpoints import TEXT, make_bge
 from tests.test_tokens import as_published
 

@@ -14,9 +14,9 @@ from flax import nnx
 
 from jaxrank import Reranker, convert
 from jaxrank.models.layers import stack_layers
-from jaxrank.packing import pack
 from jaxrank.research import each_layer, hidden_states, own_tokens, with_attention
-from jaxrank.scoring import take_tower
+from jaxrank.runtime.packing import pack
+from jaxrank.runtime.programs import take_tower
 from jaxrank.types import Encoded
 from tests.checkpoints import make_bge, make_qwen3, make_qwen3_vl
 

@@ -20,8 +20,10 @@ import pytest
 
 from jaxrank import convert
 from jaxrank.errors import ModelError, RequestError
-from jaxrank.packing import pack
-from jaxrank.scoring import WINDOW, CompilationCounter, Scorer, compile_whole, use_compilation_cache
+from jaxrank.runtime.compile_cache import CompilationCounter, use_compilation_cache
+from jaxrank.runtime.packing import pack
+from jaxrank.runtime.programs import compile_whole
+from jaxrank.runtime.scorer import WINDOW, Scorer
 from jaxrank.types import Encoded
 from tests.checkpoints import make_bge
 

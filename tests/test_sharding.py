@@ -12,13 +12,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxrank import Reranker, checkpoint, convert
+from jaxrank import Reranker, convert
 from jaxrank.errors import UnsupportedError
-from jaxrank.packing import pack
-from jaxrank.patch_rows import pack_patches
-from jaxrank.scoring import take_tower, whole, whole_tower
+from jaxrank.runtime.packing import pack
+from jaxrank.runtime.patch_packing import pack_patches
+from jaxrank.runtime.programs import take_tower, whole, whole_tower
 from jaxrank.sharding import choose_mesh, make_mesh, specs
 from jaxrank.types import Encoded, MediaTokens, Packed, Patches, PatchRow
+from jaxrank.weights import converted as checkpoint
 from tests.checkpoints import TEXT, make_bge, make_qwen3, make_qwen3_vl
 from tests.media import photo
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrank.convert.rules import FLAT, LINEAR, ROW, SAME, Transform, in_order, members
 from jaxrank.sharding import arranged, make_mesh
-from jaxrank.shards import Building, Slot, slot_of
+from jaxrank.weights.shards import Building, Slot, slot_of
 
 # A parameter's shape, the axis that is cut, the transform, and its tensor, written out by hand.
 CASES: dict[str, tuple[tuple[int, ...], int | None, Transform, Callable[[np.ndarray], np.ndarray]]] = {

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from jaxrank.prompt_tokens import PromptTokenizer
-from jaxrank.prompts import load_prompt
 from jaxrank.reranker import BUILTIN
-from jaxrank.tokens import NO_CUT, Cut, PairTokenizer, encodings, load_tokenizer, token_ids, tokens_of
+from jaxrank.text.prompt_tokens import PromptTokenizer
+from jaxrank.text.prompts import load_prompt
+from jaxrank.text.tokenizer import NO_CUT, Cut, PairTokenizer, encodings, load_tokenizer, token_ids, tokens_of
+from jaxrank.text.windows import Windows
 from jaxrank.types import Patches
-from jaxrank.windows import Windows
 from tests.checkpoints import TEXT, make_qwen_tokenizer, make_tokenizer
 
 XQUAD = Path(__file__).parent.parent.parent / "shared" / "data" / "xquad"

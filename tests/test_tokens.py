@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxrank.errors import CheckpointError, RequestError, TooLongError
-from jaxrank.tokens import Cut, PairTokenizer, tokens_of, written
+from jaxrank.text.tokenizer import Cut, PairTokenizer, tokens_of, written
 from tests.checkpoints import TEXT, make_tokenizer
 
 LIMIT = 64

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from jaxrank.models.vision import Vision, VisionConfig
-from jaxrank.patch_rows import pack_patches
-from jaxrank.scoring import CompilationCounter
-from jaxrank.tower import Tower, compile_in_parts, compile_whole
+from jaxrank.runtime.compile_cache import CompilationCounter
+from jaxrank.runtime.patch_packing import pack_patches
+from jaxrank.runtime.vision_encoder import Tower, compile_in_parts, compile_whole
 from jaxrank.types import Patches
 
 SIZES: dict[str, Any] = dict(

@@ -14,9 +14,9 @@ from transformers import XLMRobertaForSequenceClassification
 
 from benchmarks.publisher import PREFIX, SUFFIX, Script
 from jaxrank import RequestError, Reranker, TooLongError
-from jaxrank.tokens import Cut
+from jaxrank.text.tokenizer import Cut
+from jaxrank.text.windows import LEAST_TOKENS, MOST_CHARACTERS, Windows
 from jaxrank.types import Encoded
-from jaxrank.windows import LEAST_TOKENS, MOST_CHARACTERS, Windows
 from tests.checkpoints import TEXT, make_bge, make_qwen3, make_qwen3_vl
 from tests.media import photo
 

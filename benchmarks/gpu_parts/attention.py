@@ -17,7 +17,7 @@ from benchmarks.gpu_parts.workloads import FULL, TOY, Request, Sizes, mixed, uni
 from benchmarks.machine import chained
 from jaxrank.kernels import IMPLEMENTATIONS, make_layout
 from jaxrank.kernels.grid import make_grid
-from jaxrank.packing import pack
+from jaxrank.runtime.packing import pack
 from jaxrank.types import Encoded
 
 CHAIN = 10

@@ -24,8 +24,8 @@ from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.reference import cases, filled, reference
 from benchmarks.shapes import bge, qwen3
 from jaxrank.kernels import attention, make_layout
-from jaxrank.packing import pack
-from jaxrank.scoring import compile_whole
+from jaxrank.runtime.packing import pack
+from jaxrank.runtime.programs import compile_whole
 from jaxrank.types import Encoded
 
 HEADS = {"64": (4, 4, 64), "72": (2, 2, 72), "128 GQA": (4, 1, 128)}

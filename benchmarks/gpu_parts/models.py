@@ -17,12 +17,12 @@ from benchmarks.gpu_parts.trace import kernels
 from benchmarks.gpu_parts.workloads import FULL, TOY, Load, Sizes, loads, tokens_of
 from benchmarks.shapes import MODELS, scoring_flops
 from benchmarks.shapes import TOY as TOY_MODELS
-from jaxrank.packing import pack, plan
-from jaxrank.scoring import compile_whole
+from jaxrank.runtime.packing import pack, plan
+from jaxrank.runtime.programs import compile_whole
 from jaxrank.types import Encoded
 
 IN_FLIGHT = 2
-"""Rows handed over before the first result is fetched, as in jaxrank.scoring.Scorer."""
+"""Rows handed over before the first result is fetched, as in jaxrank.runtime.scorer.Scorer."""
 DEVICE = "the programs alone: rows packed and on the device before"
 END_TO_END = "from token ids on the host to logits on the host: plan, pack, transfer, programs, fetch"
 

@@ -19,8 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Float32
 
 from jaxrank import Reranker
-from jaxrank.packing import pack, row_size
 from jaxrank.research import each_layer, hidden_states, own_tokens
+from jaxrank.runtime.packing import pack, row_size
 from jaxrank.types import Packed
 
 DOCUMENTS = [

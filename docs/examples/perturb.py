@@ -20,8 +20,8 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from jaxrank import Reranker
-from jaxrank.packing import pack
 from jaxrank.research import own_tokens, with_attention
+from jaxrank.runtime.packing import pack
 from jaxrank.types import Encoded, Packed
 
 QUERY = "Where do giant pandas live?"

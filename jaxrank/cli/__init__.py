@@ -20,11 +20,13 @@ COMMANDS = {
     "evaluate": (evaluate, "measure runs against judgements"),
     "bench": (bench, "put load on a running server and measure it"),
 }
-"""Modules with add_arguments(parser) and run(arguments), the exit status; and what each is for."""
+"""For each command, its module and its purpose. A module has add_arguments(parser) and run(arguments), which returns
+the exit status.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the whole command line."""
     top = argparse.ArgumentParser(prog="jaxrank", description="Rerank documents with JAX.")
     top.add_argument("--version", action="version", version=f"jaxrank {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -34,7 +36,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments. Before Python 3.13, argparse takes an optional FILE only where it follows QUERY at once."""
+    """Return the parsed arguments.
+
+    Before Python 3.13, argparse accepts an optional FILE only directly after QUERY. This function also accepts it
+    later.
+
+    Args:
+        argv: The words of the command line. None for those of the process.
+    """
     top = parser()
     arguments, rest = top.parse_known_args([hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)])
     if rest and getattr(arguments, "file", None) == "-" and not rest[0].startswith("-"):
@@ -45,13 +54,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def hyphenated(word: str) -> str:
-    """A flag with hyphens for underscores, as vLLM takes --hf_overrides too; other words as they are."""
+    """Return a flag with hyphens for underscores, as vLLM also takes --hf_overrides. Return other words unchanged."""
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if re.fullmatch(r"--[a-z_-]+", flag) else word
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status. 1 where the work failed, 2 where the command line is wrong."""
+    """Run the command and return the exit status.
+
+    Args:
+        argv: The words of the command line. None for those of the process.
+
+    Returns:
+        0 for success, 1 if the work failed, 2 if the command line is wrong, 130 after Ctrl-C.
+    """
     begin = time.perf_counter()
     arguments = parse(argv)
     arguments.begin = begin
@@ -63,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader went away, as `head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         drop_output()
         return 0
     except (JaxrankError, OSError) as error:
@@ -73,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def drop_output() -> None:
-    """If standard output is broken, let what is left to write go nowhere; Python would complain about it at its end."""
+    """If standard output is broken, discard the remaining output. Otherwise Python would complain at its end."""
     try:
         print(end="", flush=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""`jaxrank bench`: load on a running server, and a table of what came of it."""
+"""`jaxrank bench`: puts load on a running server, and writes a table of the results."""
 
 from __future__ import annotations
 
@@ -18,31 +18,53 @@ if TYPE_CHECKING:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("url", nargs="?", default="http://127.0.0.1:30000", help="of the server; default: %(default)s")
-    command.add_argument("--dialect", choices=DIALECTS, default="sglang", help="as whose client to ask")
+    """Add the command's flags to a parser."""
+    command.add_argument(
+        "url", nargs="?", default="http://127.0.0.1:30000", help="URL of the server; default: %(default)s"
+    )
+    command.add_argument(
+        "--dialect", choices=DIALECTS, default="sglang", help="whose client to act as; default: %(default)s"
+    )
     loop = command.add_mutually_exclusive_group()
     loop.add_argument("--clients", type=count, default=8, metavar="N",
-                      help="closed loop: so many that ask again when they are answered; default: 8")  # fmt: skip
+                      help="closed loop: clients that ask again after each answer; default: 8")  # fmt: skip
     loop.add_argument("--rate", type=time_span, metavar="R",
-                      help="open loop: so many requests a second at random moments, come answers or not")  # fmt: skip
-    command.add_argument("--connections", type=count, default=256, metavar="N", help="of an open loop at most")
-    command.add_argument("--duration", type=time_span, metavar="SECONDS", help="default: 30, without --requests")
-    command.add_argument("--requests", type=count, metavar="N", help="stop after so many")
-    command.add_argument("--documents", type=count, default=10, metavar="N", help="in a request; default: 10")
-    command.add_argument("--words", type=count, default=100, metavar="N", help="in a document on average; default: 100")
+                      help="open loop: requests a second at random times, without waiting for answers")  # fmt: skip
+    command.add_argument(
+        "--connections", type=count, default=256, metavar="N", help="most connections of an open loop; default: 256"
+    )
+    command.add_argument(
+        "--duration",
+        type=time_span,
+        metavar="SECONDS",
+        help="how long to send requests; default: 30, without --requests",
+    )
+    command.add_argument("--requests", type=count, metavar="N", help="stop after this number of requests")
+    command.add_argument("--documents", type=count, default=10, metavar="N", help="documents in a request; default: 10")
+    command.add_argument(
+        "--words", type=count, default=100, metavar="N", help="words in a document on average; default: 100"
+    )
     command.add_argument("--file", metavar="FILE",
-                         help='own requests, one a line: {"query": "...", "documents": ["...", ...]}')  # fmt: skip
-    command.add_argument("--model", metavar="NAME", help="named in requests; default: what /v1/models answers")
+                         help='your own requests, one a line: {"query": "...", "documents": ["...", ...]}')  # fmt: skip
+    command.add_argument(
+        "--model", metavar="NAME", help="model name in requests; default: the name that /v1/models answers"
+    )
     command.add_argument("--api-key", metavar="KEY")
-    command.add_argument("--timeout", type=time_span, default=60.0, metavar="SECONDS", help="for one answer")
-    command.add_argument("--output", metavar="FILE", help="also write what came of it as JSON")
-    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+    command.add_argument(
+        "--timeout", type=time_span, default=60.0, metavar="SECONDS", help="most seconds for one answer; default: 60"
+    )
+    command.add_argument("--output", metavar="FILE", help="also write the results as JSON")
+    command.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 if every request was answered or refused as busy."""
+    """Run the command.
+
+    Returns:
+        0 if every request was answered or refused as busy, else 1.
+    """
     from jaxrank import bench
-    from jaxrank.server.access import hide_from_process_list
+    from jaxrank.server.http.access import hide_from_process_list
 
     if arguments.api_key:
         hide_from_process_list([arguments.api_key])
@@ -52,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     queries = read(Path(arguments.file)) if arguments.file else bench.made_up(64, arguments.documents, arguments.words)
     bodies = [target.body(query) for query in queries]
     duration = arguments.duration or (float("inf") if arguments.requests else 30.0)
-    bench.closed_loop(target, bodies, 1, requests=2)  # the connection's and the server's first steps
+    bench.closed_loop(target, bodies, 1, requests=2)  # warm up the connection and the server
     with Progress(duration, arguments.requests, shown=not arguments.no_progress) as progress:
         options: dict[str, Any] = dict(requests=arguments.requests, duration_s=duration, tick=progress.tick)
         if arguments.rate:
@@ -71,7 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read(file: Path) -> list[Query]:
-    """The requests in a file of JSON lines. Raises RequestError, with the line's number."""
+    """Return the requests in a file of JSON lines.
+
+    Raises:
+        RequestError: A line is not a request, or there are none. The message has the line's number.
+    """
     from jaxrank.bench import Query
     from jaxrank.errors import RequestError
     from jaxrank.offline.rows import json_object, lines
@@ -93,7 +119,7 @@ def read(file: Path) -> list[Query]:
 
 
 class Progress:
-    """A bar on standard error: of seconds, or of requests if their number is set."""
+    """A bar on standard error, in seconds, or in requests if their number is set."""
 
     def __init__(self, duration_s: float, requests: int | None, *, shown: bool) -> None:
         from tqdm import tqdm
@@ -108,6 +134,7 @@ class Progress:
         )  # fmt: skip
 
     def tick(self, outcome: Outcome) -> None:
+        """Count one answer, and move the bar. Thread-safe."""
         with self.lock:
             self.counts[outcome.kind] += 1
             self.began = outcome.sent if self.began is None else self.began
@@ -125,7 +152,7 @@ class Progress:
 
 
 def write_table(result: Report, out: TextIO) -> None:
-    """One line a figure."""
+    """Write one line for each figure."""
     rows = [
         ("requests", f"{result.requests} in {result.seconds:.1f} s"),
         ("answered", f"{result.answered}, {result.requests_per_s:g} a second, {result.pairs_per_s:g} pairs a second"),
@@ -140,7 +167,7 @@ def write_table(result: Report, out: TextIO) -> None:
 
 
 def milliseconds(values: tuple[float, float, float] | None) -> str:
-    """Percentiles, or a dash."""
+    """Return the percentiles as text, or a dash."""
     if values is None:
         return "-"
     return ", ".join(f"p{p} {value:.1f} ms" for p, value in zip((50, 90, 99), values, strict=True))

@@ -1,4 +1,4 @@
-"""`jaxrank compile`: fill the compilation cache, so that a server with the same flags starts without compiling."""
+"""`jaxrank compile`: fills the compilation cache, so that a server with the same flags starts without compiling."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from jaxrank.cli.model import model_arguments
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the command's flags to a parser."""
     command.add_argument("model", nargs="?", help="Hugging Face id or folder; default: the built-in model")
     model_arguments(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status.
+
+    Raises:
+        RequestError: The flags leave nothing to do, or the model cannot be loaded with them.
+    """
     from jaxrank.errors import RequestError
 
     if arguments.compile_cache == "none":

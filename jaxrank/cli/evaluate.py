@@ -1,4 +1,4 @@
-"""`jaxrank evaluate`: measures of runs, and whether they differ from the first."""
+"""`jaxrank evaluate`: computes measures of runs, and tests whether they differ from the first run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ if TYPE_CHECKING:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", metavar="RUN", help="TREC runs; the others are compared with the first")
-    command.add_argument("--qrels", required=True, metavar="FILE", help="judgements, TREC's or BEIR's form")
+    """Add the command's flags to a parser."""
+    command.add_argument("runs", nargs="+", metavar="RUN", help="TREC runs; each is compared with the first one")
+    command.add_argument("--qrels", required=True, metavar="FILE", help="judgements, in the form of TREC or BEIR")
     command.add_argument("--measures", default="nDCG@10,RR@10,AP,R@100", metavar="A,B",
-                         help="by ir-measures' names; default: %(default)s")  # fmt: skip
-    command.add_argument("--output", metavar="FILE", help="also write all of it as JSON, every query's values too")
-    command.add_argument("--plot", metavar="FILE", help="write measures and distributions of scores as an image")
+                         help="measures, by the names of ir-measures; default: %(default)s")  # fmt: skip
+    command.add_argument(
+        "--output", metavar="FILE", help="also write all results as JSON, including the values of every query"
+    )
+    command.add_argument(
+        "--plot", metavar="FILE", help="write an image of the measures and the distributions of scores"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status.
+
+    Raises:
+        RequestError: A run is named twice, or an input is not valid.
+    """
     from jaxrank.errors import RequestError
     from jaxrank.offline import measures
 
@@ -50,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write_table(evaluations: Sequence[Evaluation], queries: int, out: TextIO) -> None:
-    """A row a run; * and ** beside means that differ from the first run's, p < 0.05 and p < 0.01."""
+    """Write one row for each run. * and ** mark means that differ from the first run's, p < 0.05 and p < 0.01."""
     names = list(evaluations[0].mean)
     width = max(len(one.name) for one in evaluations)
     print(f"{'run':<{width}}", *(f"{name:>10}" for name in names), file=out)
@@ -62,5 +72,5 @@ def write_table(evaluations: Sequence[Evaluation], queries: int, out: TextIO) ->
 
 
 def stars(p: float | None) -> str:
-    """How sure a difference is."""
+    """Return the mark for the significance of a difference."""
     return "" if p is None or p >= 0.05 else "*" if p >= 0.01 else "**"

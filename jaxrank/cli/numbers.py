@@ -7,14 +7,22 @@ import math
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1.
+
+    Raises:
+        ArgumentTypeError: The text is something else.
+    """
     if not text.isascii() or not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """Seconds, 0 or more and finite."""
+    """Parse a finite number of seconds, 0 or more.
+
+    Raises:
+        ArgumentTypeError: The text is something else.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -25,7 +33,11 @@ def seconds(text: str) -> float:
 
 
 def time_span(text: str) -> float:
-    """Seconds, more than 0."""
+    """Parse a finite number of seconds above 0.
+
+    Raises:
+        ArgumentTypeError: The text is something else.
+    """
     if not seconds(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be more than 0 seconds")
     return seconds(text)

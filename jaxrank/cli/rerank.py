@@ -1,4 +1,4 @@
-"""`jaxrank rerank`: rank documents from standard input or a file, requests of a file, or the candidates of a run."""
+"""`jaxrank rerank`: ranks documents of standard input or a file, the requests of a file, or the candidates of a run."""
 
 from __future__ import annotations
 
@@ -26,32 +26,45 @@ if TYPE_CHECKING:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("query", nargs="?", help="without --requests, --run and --beir")
+    """Add the command's flags to a parser."""
+    command.add_argument("query", nargs="?", help="the query, without --requests, --run and --beir")
     command.add_argument("file", nargs="?", default="-", help="one document a line; default: standard input")
     command.add_argument("--model", help="Hugging Face id or folder; default: the built-in model")
-    command.add_argument("--top-n", type=int, metavar="N", help="only the best N, of a query on the command line")
+    command.add_argument(
+        "--top-n", type=int, metavar="N", help="write only the best N, for a query on the command line"
+    )
     command.add_argument("--format", choices=["auto", "table", "jsonl", "trec"], default="auto",
-                         help="auto: of a run a run; else a table on a terminal and JSON lines otherwise")  # fmt: skip
-    command.add_argument("--no-progress", action="store_true", help="no progress bar")
-    files = command.add_argument_group("files", "Interrupted, the same command goes on where it stopped.")
+                         help="auto: a run for a run; else a table on a terminal, JSON lines elsewhere")  # fmt: skip
+    command.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    files = command.add_argument_group("files", "After an interruption, the same command continues where it stopped.")
     files.add_argument("--requests", metavar="FILE", help='one {"query": "...", "documents": [...]} a line')
     files.add_argument("--run", metavar="FILE", help="candidates as a TREC run, with --corpus and --queries or --beir")
     files.add_argument("--corpus", metavar="FILE", help='one {"_id": "...", "title": "...", "text": "..."} a line')
     files.add_argument("--queries", metavar="FILE", help='one {"_id": "...", "text": "..."} a line, or id, tab, text')
     files.add_argument("--beir", metavar="FOLDER",
-                       help="corpus.jsonl, queries.jsonl and qrels/; candidates are BM25's without --run")  # fmt: skip
-    files.add_argument("--split", default="test", help="of --beir, whose judged queries count; default: test")
-    files.add_argument("--output", metavar="FILE", help="where the ranking goes")
+                       help="corpus.jsonl, queries.jsonl and qrels/; without --run, BM25 finds candidates")  # fmt: skip
+    files.add_argument("--split", default="test", help="split of --beir whose judged queries are ranked; default: test")
+    files.add_argument("--output", metavar="FILE", help="file for the ranking")
     files.add_argument("--depth", type=count, default=100, metavar="N", help="candidates of a query; default: 100")
-    files.add_argument("--batch-tokens", type=count, metavar="N", help="packed together; more pack tighter")
+    files.add_argument(
+        "--batch-tokens",
+        type=count,
+        metavar="N",
+        help="tokens that are packed together; more tokens are packed tighter",
+    )
     files.add_argument("--tag", default="jaxrank", help="name of the run that is written")
-    files.add_argument("--skip-bad", action="store_true", help="count and leave out bad rows instead of stopping")
-    files.add_argument("--restart", action="store_true", help="begin anew after an interrupted run")
+    files.add_argument("--skip-bad", action="store_true", help="leave out bad rows and count them, instead of stopping")
+    files.add_argument("--restart", action="store_true", help="start again from the beginning, and replace the output")
     long_document_argument(command)
     model_arguments(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status.
+
+    Raises:
+        RequestError: A flag or an input is not valid.
+    """
     given = [f"--{name}" for name in ("requests", "run", "corpus", "queries", "beir") if getattr(arguments, name)]
     if given:
         return _files(arguments, given)
@@ -74,7 +87,7 @@ def _lines(arguments: argparse.Namespace) -> int:
         raise RequestError(f"{source}: {error.strerror}; give a text file with one document a line") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"{source}: not UTF-8 text at byte {error.start}; give UTF-8, one document a line") from None
-    # not splitlines(), which would also cut documents at form feeds and Unicode's separators
+    # splitlines() would also split at form feeds and Unicode's separators
     documents = [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
     if not documents:
         raise RequestError(f"{source}: no documents; one a line is read, blank lines are skipped")
@@ -89,7 +102,7 @@ def _lines(arguments: argparse.Namespace) -> int:
 
 
 def _files(arguments: argparse.Namespace, given: Sequence[str]) -> int:
-    """Rank what is in files, into one."""
+    """Rank the contents of files into one file."""
     from jaxrank.errors import RequestError
     from jaxrank.offline import journal
     from jaxrank.offline.rerank import as_jsonl, as_trec, rerank
@@ -132,7 +145,7 @@ def _files(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _source(arguments: argparse.Namespace, output: Path, bad: BadRows) -> Source:
-    """What the arguments name."""
+    """Return the source that the arguments name."""
     from jaxrank.errors import RequestError
     from jaxrank.offline.sources import RequestSource, RunSource
 
@@ -159,7 +172,7 @@ def _source(arguments: argparse.Namespace, output: Path, bad: BadRows) -> Source
 
 
 def _bm25_run(arguments: argparse.Namespace, output: Path, corpus: Path, queries: Path, only: Any) -> Path:
-    """BM25's run beside the output, which stays, to compare with."""
+    """Write BM25's run beside the output, and keep it for comparison."""
     from jaxrank.offline.bm25 import write_bm25_run
     from jaxrank.offline.corpus import read_queries
     from jaxrank.offline.rows import BadRows
@@ -173,14 +186,18 @@ def _bm25_run(arguments: argparse.Namespace, output: Path, corpus: Path, queries
 
 
 def write_jsonl(ranked: Sequence[Any], out: TextIO) -> None:
-    """One JSON object a line: index, score, document, and its window where documents were split."""
+    """Write one JSON object a line, with index, score and document, and with the window if documents were split."""
     for item in ranked:
         said = {name: value for name, value in asdict(item).items() if name != "window" or value is not None}
         print(json.dumps(said, ensure_ascii=False), file=out)
 
 
 def write_table(ranked: Sequence[Any], out: TextIO) -> None:
-    """Rank, score, the document's place in the input (blank lines not counted), and as much of it as fits the line."""
+    """Write a table of the ranked documents.
+
+    Its columns are the rank, the score, the document's index in the input, and the part of the document that fits the
+    line. The index does not count blank lines.
+    """
     width = max(shutil.get_terminal_size().columns - 24, 20)
     print(f"{'rank':>4}  {'score':>7}  {'index':>6}  document", file=out)
     for rank, item in enumerate(ranked, 1):
@@ -188,7 +205,14 @@ def write_table(ranked: Sequence[Any], out: TextIO) -> None:
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` on one line of `width` columns, of which wide characters take two, with spaces for control characters."""
+    """Return `text` on one line, cut to the width.
+
+    Control characters become spaces.
+
+    Args:
+        text: The text.
+        width: The number of columns. Wide characters take two.
+    """
     text = " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in text).split())
     ends = list(itertools.accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
     if not ends or ends[-1] <= width:

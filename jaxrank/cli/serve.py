@@ -1,4 +1,4 @@
-"""`jaxrank serve`: answer POST /v1/rerank over HTTP."""
+"""`jaxrank serve`: answers POST /v1/rerank over HTTP."""
 
 from __future__ import annotations
 
@@ -38,26 +38,27 @@ IGNORED_FLAGS: dict[str, int] = {
     "--task": 1,
     "--trust-remote-code": 0,
 }
-"""Flags of the launch lines of SGLang, vLLM and TEI that mean nothing here, and how many values each takes."""
+"""Flags of the launch lines of SGLang, vLLM and TEI that have no effect here, and how many values each takes."""
 
 DIALECTS = ("sglang", "vllm", "cohere", "jina", "voyage", "tei", "infinity", "llamacpp")
-"""Those of jaxrank.server.dialects, which is too heavy to import here."""
+"""The dialects of jaxrank.server.dialects, which is too heavy to import here."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the command's flags to a parser."""
     command.add_argument("model", nargs="?", help="Hugging Face id or folder; default: the built-in model")
     command.add_argument("--model-path", "--model", "--model-id", dest="model_flag", metavar="MODEL",
-                         action="append", default=[], help="the same, as other servers name it")  # fmt: skip
+                         action="append", default=[], help="the model, under the flags of other servers")  # fmt: skip
     command.add_argument("--host", "--hostname", default="127.0.0.1")
     command.add_argument("--port", type=int, default=30000)
-    command.add_argument("--served-model-name", metavar="NAME", help="name that /v1/models answers")
+    command.add_argument("--served-model-name", metavar="NAME", help="name of the model in answers, such as /v1/models")
     command.add_argument("--dialect", choices=["auto", *DIALECTS], default="auto",
-                         help="whose clients those are that do not say it by path or header")  # fmt: skip
+                         help="the server whose clients ask, if neither path nor header names it")  # fmt: skip
     command.add_argument("--auto-truncate", nargs="?", choices=["true", "false"], const="true", default="true",
-                         help="cut too long pairs, where a request does not say; false refuses them")  # fmt: skip
+                         help="cut pairs that are too long, if a request does not say; false refuses them")  # fmt: skip
     command.add_argument("--allow-auto-truncate", dest="auto_truncate", action="store_const", const="true",
-                         help="the same as --auto-truncate, as SGLang names it")  # fmt: skip
-    long_document_argument(command, ", where a request does not say")
+                         help="the same as --auto-truncate, under SGLang's name")  # fmt: skip
+    long_document_argument(command, ", if a request does not say")
     model_arguments(command)
     _access_arguments(command.add_argument_group("who may ask"))
     _limit_arguments(command.add_argument_group("limits"))
@@ -75,10 +76,10 @@ def _access_arguments(group: Any) -> None:
     group.add_argument("--api-key", action="append", default=[], metavar="KEY",
                        help="require `Authorization: Bearer KEY`; may be given several times")  # fmt: skip
     group.add_argument("--api-key-file", metavar="FILE",
-                       help="the same for every line of a file, but for those that begin with #")  # fmt: skip
+                       help="the same for every line of a file, except lines that begin with #")  # fmt: skip
     group.add_argument("--open-metrics", action="store_true", help="answer /metrics without a key")
     group.add_argument("--cors-origins", "--cors-allow-origin", metavar="A,B",
-                       help="let web pages of these origins ask, such as https://a.example")  # fmt: skip
+                       help="let web pages of these origins send requests, such as https://a.example")  # fmt: skip
 
 
 def _limit_arguments(group: Any) -> None:
@@ -88,19 +89,27 @@ def _limit_arguments(group: Any) -> None:
         type=count,
         default=1000,
         metavar="N",
-        help="documents in one request",
+        help="most documents in one request",
     )
     group.add_argument("--max-windows", type=count, default=1024, metavar="N",
-                       help="of the documents of one request that do not fit and are to be split")  # fmt: skip
+                       help="most windows in one request, for documents that do not fit and are split")  # fmt: skip
     group.add_argument("--max-body-bytes", "--payload-limit", type=count, metavar="N",
-                       help="size of one request; default: 8 MB, or 40 MB for models that see images")  # fmt: skip
-    group.add_argument("--max-header-bytes", type=count, default=32_768, metavar="N", help="a request's headers")
-    group.add_argument("--max-connections", type=count, default=1000, metavar="N", help="at once")
+                       help="most bytes of a request; default: 8 MB, or 40 MB for models that see images")  # fmt: skip
+    group.add_argument(
+        "--max-header-bytes",
+        type=count,
+        default=32_768,
+        metavar="N",
+        help="most bytes of a request's address and headers",
+    )
+    group.add_argument(
+        "--max-connections", type=count, default=1000, metavar="N", help="most connections at the same time"
+    )
     group.add_argument("--encode-threads", "--tokenization-workers", type=count, metavar="N",
-                       help="that tokenise; default: one less than the cores, at least 2 and at most 8")  # fmt: skip
+                       help="threads that tokenise; default: the cores minus one, from 2 to 8")  # fmt: skip
     group.add_argument("--max-queue-requests", "--max-queued-requests", "--max-concurrent-requests",
                        "--max-num-queued-reqs", type=count, default=512, metavar="N",
-                       help="requests under way, from which on others are told to come back later")  # fmt: skip
+                       help="most requests in the queue; more are refused, with Retry-After")  # fmt: skip
     group.add_argument(
         "--max-queue-tokens",
         "--max-num-queued-tokens",
@@ -113,45 +122,69 @@ def _limit_arguments(group: Any) -> None:
     group.add_argument("--max-queue-seconds", type=time_span, default=math.inf, metavar="SECONDS",
                        help="the same, in seconds of work at the measured speed; default: no limit")  # fmt: skip
     group.add_argument("--request-timeout", type=time_span, default=60.0, metavar="SECONDS",
-                       help="from a request's arrival to its answer")  # fmt: skip
+                       help="most seconds from a request's arrival to its answer")  # fmt: skip
     group.add_argument(
-        "--body-timeout", type=time_span, default=60.0, metavar="SECONDS", help="for a request to arrive"
+        "--body-timeout", type=time_span, default=60.0, metavar="SECONDS", help="most seconds for a request to arrive"
     )
     group.add_argument("--shutdown-grace", type=seconds, default=30.0, metavar="SECONDS",
-                       help="to finish what was accepted when the server is told to stop")  # fmt: skip
+                       help="seconds to finish the accepted requests when the server stops")  # fmt: skip
 
 
 def _insight_arguments(group: Any) -> None:
     group.add_argument("--log-format", choices=["text", "json"], default="text")
     group.add_argument("--otlp-endpoint", metavar="URL",
-                       help="send traces there, as to http://host:4318/v1/traces; needs jaxrank[otel]")  # fmt: skip
+                       help="send traces here, such as http://host:4318/v1/traces; needs jaxrank[otel]")  # fmt: skip
 
 
 def _media_arguments(group: Any) -> None:
     for flag, (name, said) in SIZE_FLAGS.items():
         group.add_argument(flag, type=float if name == "fps" else int, metavar="N", help=said)
     group.add_argument("--no-remote-media", action="store_true", help="fetch nothing from the web")
-    group.add_argument("--allowed-media-domains", metavar="A,B", help="fetch from these hosts alone, exactly")
+    group.add_argument("--allowed-media-domains", metavar="A,B", help="fetch only from these hosts, exactly")
     group.add_argument("--allow-private-media", action="store_true",
                        help="fetch also from addresses that are not on the public internet")  # fmt: skip
     group.add_argument("--allowed-media-path", "--allowed-local-media-path", metavar="DIR",
                        help="let requests name files in this folder")  # fmt: skip
-    group.add_argument("--max-media", type=int, default=256, metavar="N", help="images and videos in one request")
-    group.add_argument("--max-media-bytes", type=int, default=20_000_000, metavar="N", help="size of one of them")
+    group.add_argument("--max-media", type=int, default=256, metavar="N", help="most images and videos in one request")
+    group.add_argument(
+        "--max-media-bytes", type=int, default=20_000_000, metavar="N", help="most bytes of one image or video"
+    )
     group.add_argument("--max-media-request-bytes", type=int, default=200_000_000, metavar="N",
-                       help="size of all of one request")  # fmt: skip
-    group.add_argument("--media-workers", type=int, default=2, metavar="N", help="processes that decode them")
-    group.add_argument("--media-timeout", type=float, default=20.0, metavar="SECONDS", help="to fetch one of them")
-    group.add_argument("--max-image-pixels", type=int, default=40_000_000, metavar="N", help="before it is shrunk")
-    group.add_argument("--max-video-seconds", type=float, default=600.0, metavar="SECONDS", help="length of a video")
-    group.add_argument("--media-decode-seconds", type=float, default=20.0, metavar="SECONDS", help="to decode one")
+                       help="most bytes of all images and videos in one request")  # fmt: skip
+    group.add_argument(
+        "--media-workers", type=int, default=2, metavar="N", help="processes that decode images and videos"
+    )
+    group.add_argument(
+        "--media-timeout", type=float, default=20.0, metavar="SECONDS", help="most seconds to fetch one image or video"
+    )
+    group.add_argument(
+        "--max-image-pixels",
+        type=int,
+        default=40_000_000,
+        metavar="N",
+        help="most pixels of an image, before it is shrunk",
+    )
+    group.add_argument(
+        "--max-video-seconds", type=float, default=600.0, metavar="SECONDS", help="most seconds of a video's length"
+    )
+    group.add_argument(
+        "--media-decode-seconds",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="most seconds to decode one image or video",
+    )
 
 
 def media_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where media may come from and what of them is refused, as create_app takes it."""
+    """Return the arguments of create_app about media: where they may come from, and what of them is refused.
+
+    Raises:
+        RequestError: A flag is not valid.
+    """
     from jaxrank.errors import RequestError
-    from jaxrank.media import Limits
-    from jaxrank.server.fetch import MediaAccess
+    from jaxrank.media.images import Limits
+    from jaxrank.server.media.fetch import MediaAccess
 
     folder = arguments.allowed_media_path
     if folder is not None and not Path(folder).is_dir():
@@ -179,8 +212,12 @@ def media_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def app_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say to create_app."""
-    from jaxrank.server.access import read_keys
+    """Return the arguments of create_app that the flags set.
+
+    Raises:
+        RequestError: A flag is not valid.
+    """
+    from jaxrank.server.http.access import read_keys
 
     keys = [*arguments.api_key, *([] if arguments.api_key_file is None else read_keys(Path(arguments.api_key_file)))]
     return dict(
@@ -208,7 +245,11 @@ def app_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(arguments: argparse.Namespace) -> Any:
-    """The Reranker that the flags ask for; notices about flags without meaning go to standard error."""
+    """Return the Reranker that the flags describe. Notices about flags without effect go to standard error.
+
+    Raises:
+        RequestError: The flags name several models, or the model cannot be loaded with them.
+    """
     from jaxrank.errors import RequestError
 
     models = list(dict.fromkeys(name for name in (arguments.model, *arguments.model_flag) if name))
@@ -229,15 +270,21 @@ def load(arguments: argparse.Namespace) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the server until a signal ends it, and return its exit status.
+
+    Raises:
+        RequestError: A flag is not valid.
+        SystemExit: The port is not available, or the model cannot be warmed up, or scoring stopped for good.
+    """
     from jaxrank.errors import RequestError
 
     if not all(arguments.api_key):
         raise RequestError("--api-key is empty; give a key of at least one character, or leave the flag out")
     from jaxrank import server
-    from jaxrank.server.access import hide_from_process_list
+    from jaxrank.server.http.access import hide_from_process_list
 
     hide_from_process_list(arguments.api_key)
-    settings = app_settings(arguments)  # before a model is loaded for nothing
+    settings = app_settings(arguments)  # first, so that no model is loaded for flags that are not valid
     return server.serve(
         load(arguments),
         host=arguments.host,

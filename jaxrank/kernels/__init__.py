@@ -1,8 +1,10 @@
-"""Attention over packed rows, and what stands before it: public functions, checked and dispatched here.
+"""Attention over packed rows, and the norm and rotary embedding before it.
+
+Public functions are checked and dispatched here.
 
 rotary.py   QK-norm and rotary embedding, for XLA and Pallas
 tiles.py    spans -> tiles at document borders, for XLA
-xla.py      tiled, for CPU; dense, the oracle, for any backend
+xla.py      tiled, for CPU; dense, the reference, for any backend
 grid.py     spans -> (query tile, key tile) pairs, for Pallas
 tpu.py      Pallas for TPU
 triton.py   Pallas for NVIDIA GPUs, through Triton
@@ -35,10 +37,14 @@ __all__ = [
 
 
 class Implementation(NamedTuple):
-    """An attention body, what makes its tile list from spans and the number of keys, and the body of norm_rotary.
+    """An attention body and what belongs to it.
 
-    platform: the JAX backend that it runs on; None for any. takes_columns: whether both read Columns where they lie;
-    others get copies.
+    Attributes:
+        body: the attention body.
+        make_layout: a function that makes its tile list from spans and the number of keys.
+        norm_rotary: the body of norm_rotary.
+        platform: the JAX backend that it runs on. None is for any.
+        takes_columns: whether both bodies read Columns in place. Other bodies get copies.
     """
 
     body: Callable[..., Array]
@@ -70,19 +76,25 @@ if mosaic.AVAILABLE:
         "mosaic": Implementation(mosaic.attention, _MOSAIC_GRID, rotary.gpu, platform="gpu"),
         "mosaic-interpreted": Implementation(partial(mosaic.attention, interpret=True), _MOSAIC_GRID, rotary.gpu),
     }
-"""By name; the interpreted ones run anywhere, slowly, and are for tests. Mosaic's are there from jax 0.11.2 on."""
+"""The attention bodies by name.
+
+The interpreted ones run anywhere, slowly, and are for tests. Those of Mosaic exist from jax 0.11.2 on.
+"""
 
 
 def line(platform: str, capability: str, dtype: DTypeLike, names: Collection[str]) -> tuple[str, ...]:
-    """The attention bodies for a kind of device, the fastest first; the last is "tiled", which runs everywhere.
+    """Return the attention bodies for a kind of device, the fastest first. The last is "tiled", which runs everywhere.
 
-    platform: "cpu", "gpu" or "tpu". capability: the compute capability of an NVIDIA GPU, such as "9.0"; those of other
-    makers have none, or a name. dtype: of q, k and v. names: the implementations that there are; others are left out.
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        capability: the compute capability of an NVIDIA GPU, such as "9.0". GPUs of other makers have none, or a name.
+        dtype: the dtype of q, k and v.
+        names: the implementations that exist. Others are left out.
     """
     found = re.fullmatch(r"(\d+)\.(\d+)", capability) if platform == "gpu" else None
     compute = (int(found[1]), int(found[2])) if found else (0, 0)
     fast = ["tpu"] if platform == "tpu" else []
-    if compute == (9, 0) and jnp.dtype(dtype) == jnp.bfloat16:  # Hopper's own instructions, in bfloat16 alone
+    if compute == (9, 0) and jnp.dtype(dtype) == jnp.bfloat16:  # Hopper's own instructions work in bfloat16 only
         fast.append("mosaic")
     if compute >= (8, 0):
         fast.append("triton")
@@ -90,13 +102,17 @@ def line(platform: str, capability: str, dtype: DTypeLike, names: Collection[str
 
 
 def default_line(dtype: DTypeLike) -> tuple[str, ...]:
-    """The line for the default device; dtype: of q, k and v."""
+    """Return the line for the default device. `dtype` is that of q, k and v."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "")
     return line(jax.default_backend(), str(capability), dtype, IMPLEMENTATIONS)
 
 
 def pick(implementation: str | None) -> Implementation:
-    """The one of that name, or for None the first in the default device's line that takes every dtype."""
+    """Return the implementation of that name. None is the first in the default device's line that takes every dtype.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     name = implementation or default_line(jnp.float32)[0]
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention: implementation {name!r} is unknown; one of {sorted(IMPLEMENTATIONS)}")
@@ -104,7 +120,11 @@ def pick(implementation: str | None) -> Implementation:
 
 
 def make_layout(spans: Int32[np.ndarray, "R 4"], keys: int, implementation: str | None = None) -> Layout:
-    """The layout of an attention call of len(spans) query rows over `keys` keys, for that implementation."""
+    """Return the layout of an attention call of len(spans) query rows over `keys` keys, for that implementation.
+
+    Raises:
+        ValueError: the implementation is unknown.
+    """
     return pick(implementation).make_layout(spans, keys)
 
 
@@ -117,11 +137,24 @@ def attention(
     scale: float,
     implementation: str | None = None,
 ) -> Float[Array, "R N H"]:
-    """Softmax attention of R query rows over a packed row of T keys, as `layout` allows.
+    """Compute softmax attention of R query rows over a packed row of T keys, as `layout` allows.
 
-    The result has q's dtype; products, softmax and sums are float32. Rows whose spans are empty give 0.
-    N must be a multiple of K (grouped-query attention): query head n looks at key head n mod K. `implementation` names
-    one of IMPLEMENTATIONS, None is as in `pick`; `layout` must have been made for the same.
+    Products, softmax and sums are float32. N must be a multiple of K (grouped-query attention): query head n uses key
+    head n mod K.
+
+    Args:
+        q: the queries.
+        k: the keys.
+        v: the values.
+        layout: which keys each row sees. It must be made for the same implementation.
+        scale: the factor of the scores.
+        implementation: one of IMPLEMENTATIONS. None is as in `pick`.
+
+    Returns:
+        The result in q's dtype. Rows with empty spans give 0.
+
+    Raises:
+        ValueError: the shapes do not match, or the layout was made for another implementation.
     """
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
@@ -147,8 +180,21 @@ def norm_rotary(
     dtype: DTypeLike,
     implementation: str | None = None,
 ) -> Float[Array, "R N H"]:
-    """Every head over its root mean square (eps under the root) and times scale, then dimensions i and i + H/2 turned
-    by the angle i of the row: queries and keys as Qwen3 attends with them. In float32; the result is in dtype.
+    """Normalise every head and turn it, as queries and keys of Qwen3 need it before attention.
+
+    Each head is divided by its root mean square (with eps under the root) and multiplied by scale. Then its dimensions
+    i and i + H/2 are turned by the angle i of the row. The computation is in float32.
+
+    Args:
+        x: the queries or keys.
+        scale: the scale of the norm.
+        by: the rotary tables.
+        eps: the term under the root.
+        dtype: the dtype of the result.
+        implementation: that of attention.
+
+    Raises:
+        ValueError: the shapes do not match.
     """
     if x.shape[2:] != scale.shape or not x.shape[::2] == by.cos.shape == by.sin.shape:
         raise ValueError(
@@ -162,26 +208,29 @@ def norm_rotary(
 def heads_of(
     x: Float[Array, "R C"], first: int, heads: int, size: int, implementation: str | None
 ) -> Float[Array, "R heads H"] | Columns:
-    """Heads first to first + heads of x, as that implementation reads them with the fewest copies."""
+    """Return heads first to first + heads of x, in the form that this implementation reads with the fewest copies."""
     found = Columns(x, first, heads, size)
     return found if pick(implementation).takes_columns else found.alone()
 
 
 def is_for_cpu(implementation: str | None) -> bool:
-    """Whether that implementation runs on CPU. By its name, since a CPU may compile for a TPU."""
+    """Return whether that implementation runs on CPU. Its name decides, because a CPU may compile for a TPU."""
     return jax.default_backend() == "cpu" and pick(implementation).body in (xla.tiled, xla.dense)
 
 
 def is_for_tpu(implementation: str | None) -> bool:
-    """Whether that implementation runs on TPU."""
+    """Return whether that implementation runs on TPU."""
     return pick(implementation).body is tpu.attention
 
 
 def is_for_gpu(implementation: str | None) -> bool:
-    """Whether that implementation runs on a GPU, or in an interpreter in a GPU's place."""
+    """Return whether that implementation runs on a GPU, or in an interpreter in place of a GPU."""
     return jax.default_backend() == "gpu" or pick(implementation).norm_rotary is rotary.gpu
 
 
 def operand_dtype(dtype: DTypeLike, implementation: str | None) -> DTypeLike:
-    """What to pass q, k and v of a model in `dtype` as: float32 on CPU, where XLA would convert every bfloat16 tile."""
+    """Return the dtype in which to pass q, k and v of a model in `dtype`.
+
+    On CPU it is float32, because XLA would convert every bfloat16 tile there.
+    """
     return jnp.float32 if is_for_cpu(implementation) else dtype

@@ -1,8 +1,8 @@
 """From spans to pairs of (query tile, key tile) on a fixed grid, for the Pallas kernels (numpy, on the host).
 
-Only pairs in which any row sees any key are listed, so attention's cost follows the sum of squared lengths; a query
-tile of nothing but filler has one pair, or its output would never be written. Time goes with rows and pairs of tiles,
-never with T x T.
+The list holds only pairs in which any row sees any key. So the cost of attention follows the sum of squared lengths. A
+query tile that holds only filler has one pair, because its output would never be written otherwise. The time of this
+function grows with rows and pairs of tiles, never with T x T.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from jaxtyping import Array, Bool, Int32, Int64
 from jaxrank.types import Layout
 
 FIRST, LAST, FULL = 1, 2, -1 << 31
-"""Bits of an item: the first and the last key tile of its query tile; every row sees every key, so that no mask is
-needed. FULL is the sign: such items are below 0. Between them are 14 bits of each tile's number."""
+"""The bits of an item of the list.
+
+FIRST marks the first key tile of its query tile, and LAST the last one. FULL means that every row sees every key, so no
+mask is needed. It is the sign bit: such items are below 0. Between these bits are 14 bits of each tile's number.
+"""
 
 
 def query_tile(item: Array) -> Array:
-    """The number of an item's query tile, inside a kernel: shifts and masks are safe there, division is not."""
+    """Return the number of an item's query tile, inside a kernel.
+
+    Shifts and masks are safe there, and division is not.
+    """
     return lax.shift_right_logical(item, 16) & 0x3FFF
 
 
 def key_tile(item: Array) -> Array:
-    """The number of its key tile."""
+    """Return the number of an item's key tile."""
     return lax.shift_right_logical(item, 2) & 0x3FFF
 
 
@@ -36,12 +42,18 @@ def make_grid(
     tile_size: Callable[[int], int],
     key_tile_size: Callable[[int], int] | None = None,
 ) -> Layout:
-    """The layout of an attention call over `keys` keys; tiles[i] packs (full, query tile, key tile, last, first).
+    """Return the layout of an attention call over `keys` keys. tiles[i] packs (full, query tile, key tile, last,
+    first).
 
-    tile_size: rows of a query tile, for an array of that many rows; the last tile may reach beyond the array.
-    key_tile_size: the same of a key tile, if it differs.
-    Items are sorted by query tile, then key tile; starts[t] is the first item of query tile t, and the last of starts
-    their number. There is room for every pair, so that shapes depend on those of the call alone.
+    Items are sorted by query tile, then by key tile. starts[t] is the first item of query tile t, and the last of
+    starts is the number of items. There is room for every pair, so the shapes depend only on the shapes of the call.
+
+    Args:
+        spans: the spans of the query rows.
+        keys: the number of keys.
+        tile_size: a function from the rows of an array to the rows of a query tile. The last tile may reach beyond the
+            array.
+        key_tile_size: the same for a key tile, if it differs.
     """
     rows = len(spans)
     height, width = tile_size(rows), (key_tile_size or tile_size)(keys)
@@ -73,15 +85,15 @@ def _is_full(
     first_keys: Int64[np.ndarray, " I"],
     width: int,
 ) -> Bool[np.ndarray, " I"]:
-    """Of which pairs of tiles every row of the array sees every key.
+    """Return for which pairs of tiles every row of the array sees every key.
 
-    A row of filler sees none, and rows beyond the array do not count, since nobody reads what comes of them. Spans are
-    intersected over the rows of a query tile, the first ones and the second ones apart: a pair that rows see through
-    different spans may be missed, and is then masked for nothing.
+    A row of filler sees no key. Rows beyond the array do not count, because nothing reads their results. The spans are
+    intersected over the rows of a query tile, the first spans and the second ones separately. A pair that rows see
+    through different spans may be missed. Its mask is then applied without need.
     """
     a0, a1, b0, b1 = columns
     alone = a1 <= a0
-    joined = alone | (a1 == b0)  # one span, as where a prefix ends at the document
+    joined = alone | (a1 == b0)  # these are one span, for example where a prefix ends at the document
     full = np.zeros(len(query_tiles), bool)
     for lo, hi in ((np.where(alone, b0, a0), np.where(joined, b1, a1)), (b0, b1)):
         lo, hi = np.maximum.reduceat(lo, first_rows), np.minimum.reduceat(hi, first_rows)

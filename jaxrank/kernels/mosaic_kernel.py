@@ -1,8 +1,8 @@
-"""The kernel of jaxrank.kernels.mosaic, apart from it because importing Mosaic GPU takes time.
+"""The kernel of jaxrank.kernels.mosaic. It has a file of its own because the import of Mosaic GPU takes time.
 
-A block of threads is one (head, query tile): a warpgroup for each 64 rows, which computes, and one more, which has the
-TMA copy keys and values of the listed tiles into a ring of buffers. The two that compute take turns: the tensor cores
-work for one while the other is at its softmax (Shah et al. 2024).
+A block of threads is one (head, query tile). It has a warpgroup for each 64 rows, which computes, and one more. The
+latter makes the TMA copy keys and values of the listed tiles into a ring of buffers. The two warpgroups that compute
+take turns: the tensor cores work for one while the other computes its softmax (Shah et al. 2024).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from jaxtyping import Array, Float, Int32
 from jaxrank.kernels.grid import key_tile
 
 plgpu: Any = mosaic_gpu
-"""Without its types, which lack part of what it has."""
+"""The module without its types, because these lack a part of what it has."""
 WARPGROUP = 64
-"""Rows that a warpgroup computes."""
+"""The rows that a warpgroup computes."""
 MATRIX = plgpu.Layout.WGMMA
 ROWS = MATRIX.reduce(1)
-"""Where a warpgroup's registers hold scores and sums, and what there is one of in each row."""
+"""Where a warpgroup's registers hold scores and sums, and where they hold one value for each row."""
 MASKED = -1e30
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
-"""Of a thread, with two warpgroups that compute: together with the one that copies all that there are."""
+"""The registers of a thread, if two warpgroups compute. With the warpgroup that copies, they use all that there are."""
 
 
 class _Arrays(NamedTuple):
-    """In global memory."""
+    """The arrays in global memory."""
 
     items: Any
     starts: Any
@@ -46,9 +46,13 @@ class _Arrays(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """In shared memory: buffers, and barriers that say when they may be read (ready) and filled anew (used).
+    """The contents of shared memory: buffers, and barriers.
 
-    turn: where two warpgroups compute. weights: for the interpreter.
+    The barriers say when buffers may be read (ready) and filled again (used).
+
+    Attributes:
+        turn: used where two warpgroups compute.
+        weights: used by the interpreter.
     """
 
     query: Any
@@ -64,8 +68,14 @@ class _Shared(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """width: keys of a tile. stages: places in the ring. kv_heads: query head n looks at n mod kv_heads. scale: with
-    log2(e)."""
+    """The static settings of the kernel.
+
+    Attributes:
+        width: the keys of a tile.
+        stages: the places in the ring.
+        kv_heads: the number of key heads. Query head n uses key head n mod kv_heads.
+        scale: the factor of the scores, with log2(e).
+    """
 
     width: int
     stages: int
@@ -87,9 +97,9 @@ def attention(
     scale: float,
     interpret: Any,
 ) -> Float[Array, "R N H"]:
-    """R and T are multiples of the sizes of a query and a key tile; these are 64 or 128, and so is H.
+    """Compute attention. R and T are multiples of the sizes of a query and a key tile.
 
-    stages: key tiles in shared memory at a time.
+    These sizes are 64 or 128, and so is H. `stages` is the number of key tiles in shared memory at a time.
     """
     rows, heads, size = q.shape
     height, width = tiles
@@ -129,7 +139,7 @@ def attention(
 
 
 def _block(arrays: _Arrays, static: _Static, shared: _Shared) -> None:
-    """What each warpgroup of a (head, query tile) does, whose items are [begin, begin + count)."""
+    """Run each warpgroup of a (head, query tile) whose items are [begin, begin + count)."""
     workers = shared.query.shape[0]
     warpgroup, tile = lax.axis_index("warpgroup"), lax.axis_index("tiles")
     begin = arrays.starts[tile]
@@ -149,12 +159,12 @@ def _block(arrays: _Arrays, static: _Static, shared: _Shared) -> None:
 
 
 def _slot(i: Array, static: _Static) -> Array:
-    """The place in the ring of the i-th key tile."""
+    """Return the place in the ring of the i-th key tile."""
     return lax.rem(i, jnp.int32(static.stages))
 
 
 def _copy_keys(arrays: _Arrays, static: _Static, shared: _Shared, begin: Array, count: Array) -> None:
-    """Every item's keys and values, as soon as a place in the ring is free."""
+    """Copy every item's keys and values, as soon as a place in the ring is free."""
     head = lax.rem(lax.axis_index("heads"), jnp.int32(static.kv_heads))
     rings = (
         (arrays.k, shared.keys, shared.keys_ready, shared.keys_used),
@@ -169,7 +179,7 @@ def _copy_keys(arrays: _Arrays, static: _Static, shared: _Shared, begin: Array, 
             pl.when(i >= static.stages)(functools.partial(plgpu.barrier_wait, used.at[slot]))
             plgpu.copy_gmem_to_smem(source.at[rows, head], buffers.at[slot], ready.at[slot])
 
-    if static.interpreted:  # it wants every arrival to be waited for
+    if static.interpreted:  # the interpreter needs a wait for every arrival
 
         @pl.loop(jnp.maximum(count - static.stages, 0), count)
         def _(i: Array) -> None:
@@ -178,7 +188,7 @@ def _copy_keys(arrays: _Arrays, static: _Static, shared: _Shared, begin: Array, 
 
 
 def _compute(arrays: _Arrays, static: _Static, shared: _Shared, begin: Array, count: Array) -> None:
-    """This warpgroup's rows of the query tile: over all its key tiles, with a running maximum and sum."""
+    """Compute this warpgroup's rows of the query tile over all its key tiles, with a running maximum and sum."""
     worker, head = lax.axis_index("warpgroup"), lax.axis_index("heads")
     workers, height, size = shared.query.shape
     rows = pl.ds((lax.axis_index("tiles") * workers + worker) * height, height)
@@ -203,11 +213,11 @@ def _compute(arrays: _Arrays, static: _Static, shared: _Shared, begin: Array, co
     def one_item(i: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         item, highest, total, sums = carry
         slot = _slot(i, static)
-        # one step ahead, since a load from global memory takes time
+        # The load runs one step ahead, because a load from global memory takes time.
         next_item = arrays.items[begin + jnp.minimum(i + 1, count - 1)]
         scores = _multiply(query, shared.keys.at[slot].transpose((1, 0)), (height, static.width), swap)
         plgpu.barrier_arrive(shared.keys_used.at[slot])
-        # below 0: FULL
+        # An item below 0 is FULL.
         scores = lax.cond(item < 0, lambda: scores, lambda: _mask(scores, key_tile(item), bounds, static))
         highest, total, sums, weights = lax.optimization_barrier(_softmax(scores, highest, total, sums, static))
         arrive()
@@ -223,7 +233,7 @@ def _compute(arrays: _Arrays, static: _Static, shared: _Shared, begin: Array, co
         return next_item, highest, total, sums
 
     pl.when(worker == 1)(swap)
-    # the maximum starts below all scores but above MASKED, which so weighs 0 even in a row that has seen no key yet
+    # The maximum starts below all scores but above MASKED. So MASKED weighs 0 even in a row that has seen no key yet.
     carry = (arrays.items[begin], _filled(MASKED / 2, height), _filled(0.0, height), _filled(0.0, height, size))
     _, _, total, sums = lax.fori_loop(0, count, one_item, carry)
     pl.when(worker == 0)(swap)
@@ -239,22 +249,22 @@ def _filled(value: float, *shape: int) -> Array:
 
 
 def _wide(x: Array, like: Array) -> Array:
-    """What there is one of in each row, for all columns."""
+    """Spread one value for each row over all columns."""
     return lax.broadcast_in_dim(x, like.shape, [0])
 
 
 def _mask(scores: Array, tile: Array, bounds: list[Array], static: _Static) -> Array:
-    """Scores of keys outside the row's spans become MASKED.
+    """Set the scores of keys outside the row's spans to MASKED.
 
-    In MATRIX a thread has of a row the columns 8 j + lane and 8 j + lane + 1, at most 32. What depends on row and lane
-    alone is computed once: a word with a bit for each of them. A column then takes two instructions, where comparing it
-    with the bounds takes five.
+    In MATRIX a thread has the columns 8 j + lane and 8 j + lane + 1 of a row, at most 32. What depends only on row and
+    lane is computed once: a word with a bit for each column. A column then takes two instructions. A comparison with
+    the bounds would take five.
     """
     column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
     lane, bit = column & 6, (column >> 3 << 1) | (column & 1)
 
     def before(bound: Array) -> Array:
-        """The bits of columns before the bound. 1 is shifted three times, since a shift by 32 is undefined."""
+        """Return the bits of columns before the bound. 1 is shifted three times, because a shift by 32 is undefined."""
         at = jnp.clip(_wide(bound - tile * static.width, scores) - lane, 0, static.width)
         eights = at >> 3
         return ((1 << eights << eights) << jnp.minimum(at & 7, 2)) - 1
@@ -265,7 +275,7 @@ def _mask(scores: Array, tile: Array, bounds: list[Array], static: _Static) -> A
 
 
 def _softmax(scores: Array, highest: Array, total: Array, sums: Array, static: _Static) -> tuple[Array, ...]:
-    """Running maximum and sum with these scores in, what was drawn so far for the new maximum, and the weights."""
+    """Return the running maximum and sum with these scores, the earlier sums for the new maximum, and the weights."""
     higher = jnp.maximum(highest, scores.max(axis=1) * static.scale)
     shrink = jnp.exp2(highest - higher)
     weights = jnp.exp2(scores * static.scale - _wide(higher, scores))
@@ -273,7 +283,7 @@ def _softmax(scores: Array, highest: Array, total: Array, sums: Array, static: _
 
 
 def _multiply(left: Any, right: Any, shape: tuple[int, ...], meanwhile: Callable[[], None]) -> Array:
-    """left @ right, in float32. meanwhile: what to do when the tensor cores have begun."""
+    """Return left @ right, in float32. `meanwhile` runs when the tensor cores have begun."""
 
     def multiply(out: Any) -> Array:
         plgpu.wgmma(out, left, right)
@@ -284,7 +294,10 @@ def _multiply(left: Any, right: Any, shape: tuple[int, ...], meanwhile: Callable
 
 
 def _add_product(sums: Array, weights: Array, values: Any, buffer: Any, meanwhile: Callable[[], None]) -> Array:
-    """sums + weights @ values. buffer: for the interpreter, which has no wgmma with weights in registers."""
+    """Return sums + weights @ values.
+
+    The interpreter uses `buffer`, because it has no wgmma with weights in registers.
+    """
     if buffer is not None:
         buffer[...] = weights
         plgpu.commit_smem()

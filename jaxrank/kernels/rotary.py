@@ -1,7 +1,7 @@
 """QK-norm and rotary embedding of the queries or keys of all heads: in XLA, and in one pass in Pallas for TPU.
 
-On TPU, XLA's form takes as long as attention: [R, N, H] and [R, N * H] lie differently in memory, and it copies between
-the two. The kernel reads what the projections leave, [R, N * H], and leaves what attention reads.
+On TPU, XLA's form takes as long as attention. The arrays [R, N, H] and [R, N * H] have different layouts in memory, and
+XLA copies between the two. The kernel reads what the projections write, [R, N * H], and writes what attention reads.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ ROWS = 256
 
 
 class Rotary(NamedTuple):
-    """What every layer turns its queries and keys by: cosine and sine of position times frequency.
+    """The tables by which every layer turns its queries and keys: cosine and sine of position times frequency.
 
-    Column i holds frequency i mod H/2; the sine of the first half is negated, as turning needs it.
+    Column i holds frequency i mod H/2. The sine of the first half is negated, because `turn` needs it so.
     """
 
     cos: Float32[Array, "R H"]
@@ -40,11 +40,12 @@ def rotary(
     theta: float,
     sections: tuple[int, ...] = (),
 ) -> Rotary:
-    """Rotary tables (Su et al. 2021, "RoFormer"), frequencies theta^(-2i/H).
+    """Return the rotary tables for frequencies theta^(-2i/H) (Su et al. 2021, "RoFormer").
 
-    Positions by time, height and width: frequency i turns by height where i mod 3 is 1 and by width where it is 2, as
-    far as the axis's share of the frequencies in `sections` goes, and else by time (interleaved M-RoPE, Qwen Team
-    2025, "Qwen3-VL Technical Report"). Three equal positions are one position.
+    Positions may be by time, height and width (interleaved M-RoPE, Qwen Team 2025, "Qwen3-VL Technical Report"). Then
+    frequency i turns by height where i mod 3 is 1, and by width where it is 2. This holds as far as the axis's share of
+    the frequencies in `sections` goes. All other frequencies turn by time. Three equal positions are the same as one
+    position.
     """
     frequencies = (theta ** (-np.arange(0, head_size, 2) / head_size)).astype(np.float32)
     places = jnp.asarray(positions).astype(jnp.float32)
@@ -57,22 +58,27 @@ def rotary(
 
 
 def grid_rotary(positions: Int32[ArrayLike, "R 2"], head_size: int, theta: float) -> Rotary:
-    """Rotary tables in two dimensions, as vision towers turn: a quarter of H frequencies theta^(-4i/H), which turn
-    the first quarter of a head's dimensions by row and the second by column, each with its partner H/2 further."""
+    """Return rotary tables in two dimensions, for vision towers.
+
+    There are H/4 frequencies theta^(-4i/H). They turn the first quarter of a head's dimensions by row and the second by
+    column, each with its partner H/2 further.
+    """
     frequencies = (theta ** (-np.arange(0, head_size, 4) / head_size)).astype(np.float32)
     angles = jnp.asarray(positions).astype(jnp.float32)[:, :, None] * frequencies
     return tables(angles.reshape(len(positions), head_size // 2))
 
 
 def tables(angles: Float32[Array, "R half"]) -> Rotary:
-    """The tables of angles for dimensions i and i + H/2."""
+    """Return the tables of angles for dimensions i and i + H/2."""
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return Rotary(jnp.concatenate([cos, cos], 1), jnp.concatenate([-sin, sin], 1))
 
 
 def turn(x: Float32[Array, "R N H"], by: Rotary) -> Float32[Array, "R N H"]:
-    """Dimensions i and i + H/2 of every head turned by the angle i of the row; half by half, since with jnp.roll, XLA
-    takes five times as long on CPU."""
+    """Turn dimensions i and i + H/2 of every head by the angle i of the row.
+
+    It works half by half, because XLA takes five times as long on CPU with jnp.roll.
+    """
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = (table[:, None, x.shape[2] // 2 :] for table in by)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
@@ -81,7 +87,7 @@ def turn(x: Float32[Array, "R N H"], by: Rotary) -> Float32[Array, "R N H"]:
 def xla(
     x: Float[Array, "R N H"], scale: Float32[Array, " H"], by: Rotary, *, eps: float, dtype: DTypeLike
 ) -> Float[Array, "R N H"]:
-    """The norm, then the turn, which XLA makes one on CPU."""
+    """Compute the norm and then the turn. XLA makes them one on CPU."""
     x = x.astype(jnp.float32)
     return turn(x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale, by).astype(dtype)
 
@@ -89,8 +95,10 @@ def xla(
 def gpu(
     x: Float[Array, "R N H"], scale: Float32[Array, " H"], by: Rotary, *, eps: float, dtype: DTypeLike
 ) -> Float[Array, "R N H"]:
-    """The same in two passes over x. Without the barrier, XLA's GPU backend writes the normalised x in float32 and
-    reads it again to turn it."""
+    """Compute the same as `xla` in two passes over x.
+
+    Without the barrier, XLA's GPU backend writes the normalised x in float32 and reads it again to turn it.
+    """
     x = x.astype(jnp.float32)
     inverse = lax.optimization_barrier(lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps))
     return turn(x * inverse * scale, by).astype(dtype)
@@ -105,15 +113,17 @@ def tpu(
     dtype: DTypeLike,
     interpret: bool = False,
 ) -> Float[Array, "R N H"]:
-    """In Pallas. Columns are read where they lie. Heads that are no whole blocks of lanes, which no published model
-    has, go through XLA."""
+    """Compute the same as `xla` in Pallas. Columns are read in place.
+
+    Heads that are no whole blocks of lanes go through XLA. No published model has such heads.
+    """
     rows, heads, size = x.shape
     if isinstance(x, Columns) and (size % LANES or x.first % heads):
         x = x.alone()
     array, at = (x.array, x.first // heads) if isinstance(x, Columns) else (x, 0)
     if size % LANES:
         return xla(array, scale, by, eps=eps, dtype=dtype)
-    height = min(ROWS, rows)  # the last block may reach beyond the array: rows do not mix, and those are not kept
+    height = min(ROWS, rows)  # The last block may reach beyond the array. Rows do not mix, and those rows are not kept.
     all_heads = pl.BlockSpec((height, heads * size), lambda i: (i, at))
     out_heads = pl.BlockSpec((height, heads * size), lambda i: (i, 0))
     table = pl.BlockSpec((height, size), lambda i: (i, 0))
@@ -131,7 +141,7 @@ def tpu(
 
 
 def _kernel(x, scale, cos, sin, out, *, eps: float):
-    """A block of rows, head by head."""
+    """Compute a block of rows, head by head."""
     size = cos.shape[1]
     for at in range(0, out.shape[1], size):
         y = x[:, at : at + size].astype(jnp.float32)

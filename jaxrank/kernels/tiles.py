@@ -1,7 +1,8 @@
-"""From spans to the list of attention tiles (numpy, on the host; time in proportion to rows and tiles, never T x T).
+"""From spans to the list of attention tiles (numpy, on the host).
 
-A tile is a run of query rows and the one or two runs of keys that those rows may see. Tiles start at document
-borders, not at multiples of the tile size, so a document of 190 tokens costs one 192 x 192 tile.
+The time is proportional to rows and tiles, and never to T x T. A tile is a run of query rows and the one or two runs of
+keys that those rows may see. Tiles start at document borders, not at multiples of the tile size. So a document of 190
+tokens costs one 192 x 192 tile.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from jaxtyping import Int32
 from jaxrank.types import Layout
 
 WINDOWS = (128, 192, 256, 384, 512, 1024)
-"""Key counts W of the tile classes: fine steps where documents are. Tiles with more keys run over them W at a time."""
+"""The key counts W of the tile classes. Their steps are fine at the lengths of documents.
+
+Tiles with more keys are computed W keys at a time.
+"""
 
 SCORE_WINDOWS = (256, 1024)
 
@@ -26,14 +30,15 @@ SCORE_MERGE = 512
 
 
 def classes(keys: int, rows: int) -> list[tuple[int, int]]:
-    """The tile classes (B, W) of an attention call of `rows` query rows over `keys` keys, smallest first.
+    """Return the tile classes (B, W) of an attention call of `rows` query rows over `keys` keys, smallest first.
 
-    A tile of the last class has any number of keys, one of the others at most W. Where rows equals keys, tiles are
-    square up to 256, and larger ones have at most 256 x 384 elements, which keeps one tile's float32 scores at 6 MB
-    with 16 heads: what a layer takes in all must stay under 32 MB on CPU (see reranker.default_row_tokens). In rows
-    of over LONG_ROW keys, a few heads at a time, they may have 512 x 512. The S scored rows of the last layer go in
-    tiles of 8, and as they cost little, to fewer classes: each class takes time to compile, and memory, in every
-    bucket.
+    A tile of the last class has any number of keys, and a tile of the others at most W. If rows equals keys, tiles are
+    square up to 256, and larger ones have at most 256 x 384 elements. This keeps one tile's float32 scores at 6 MB with
+    16 heads. All scratch memory of a layer must stay under 32 MB on CPU (see reranker.default_row_tokens). In rows of
+    over LONG_ROW keys, a few heads at a time, tiles may have 512 x 512.
+
+    The S scored rows of the last layer go in tiles of 8. They cost little, so they have fewer classes. Each class takes
+    time to compile, and memory, in every bucket.
     """
     most = min(keys, WINDOWS[-1])
     if rows != keys:
@@ -43,12 +48,12 @@ def classes(keys: int, rows: int) -> list[tuple[int, int]]:
 
 
 def max_tiles(keys: int, rows: int) -> int:
-    """An upper bound on the number of tiles, from the shapes alone."""
+    """Return an upper bound on the number of tiles, from the shapes alone."""
     return rows if rows != keys else max(4, rows // 16)
 
 
 def _runs(spans: np.ndarray) -> list[tuple[int, int]]:
-    """Runs of rows that belong to one document (same a-span and start of b-span), without filler."""
+    """Return runs of rows that belong to one document (same a-span and start of b-span), without filler."""
     filled = (spans[:, 1] > spans[:, 0]) | (spans[:, 3] > spans[:, 2])
     key = np.column_stack([spans[:, :3], filled])
     edges = np.flatnonzero(np.any(key[1:] != key[:-1], axis=1)) + 1
@@ -57,7 +62,7 @@ def _runs(spans: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _windows(spans: np.ndarray) -> tuple[int, int, int, int]:
-    """(a0, an, b0, bn): the keys that any of these rows sees, as two runs that do not overlap."""
+    """Return (a0, an, b0, bn): the keys that any of these rows sees, as two runs that do not overlap."""
     runs: list[tuple[int, int]] = []
     for lo, hi in ((spans[:, 0], spans[:, 1]), (spans[:, 2], spans[:, 3])):
         seen = hi > lo
@@ -70,10 +75,10 @@ def _windows(spans: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def make_layout(spans: Int32[np.ndarray, "R 4"], keys: int) -> Layout:
-    """The layout of an attention call: `spans` over a row of `keys` keys, with its tile list.
+    """Return the layout of an attention call: `spans` over a row of `keys` keys, with its tile list.
 
-    Neighbouring documents share a tile while their rows and keys stay small (TOKEN_MERGE for a row's own tokens,
-    SCORE_MERGE for the few scored rows); a document larger than its class's B rows is cut.
+    Neighbouring documents share a tile while their rows and keys stay few: TOKEN_MERGE for a row's own tokens,
+    SCORE_MERGE for the few scored rows. A document larger than its class's B rows is cut.
     """
     rows = len(spans)
     kinds = classes(keys, rows)

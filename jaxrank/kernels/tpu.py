@@ -1,8 +1,8 @@
-"""Attention over packed rows for TPU, in Pallas: one grid step for each listed (query tile, key tile), all heads in it.
+"""Attention over packed rows for TPU, in Pallas: one grid step for each listed (query tile, key tile), for all heads.
 
-The softmax runs over a query tile's key tiles with a running maximum and sum (Milakov and Gimelshein 2018, Dao et al.
-2022). q, k and v are read as the projections leave them, [T, heads * H], so nothing is transposed. The number of steps
-is a traced scalar: one program serves every mix of lengths.
+The softmax goes over a query tile's key tiles with a running maximum and sum (Milakov and Gimelshein 2018, Dao et al.
+2022). The arrays q, k and v are read as the projections write them, [T, heads * H], so nothing is transposed. The
+number of steps is a traced scalar: one program works for all mixes of lengths.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ VMEM_BYTES = 64 << 20
 
 
 def tile_size(rows: int) -> int:
-    """Rows of a tile: 256 where they divide the array, else 128, to whole ones of which it is padded.
+    """Return the rows of a tile: 256 if they divide the array, else 128. The array is then padded to whole tiles.
 
-    Not less: the compilers for v5e and v6e fail on tiles of 24 to 64 rows whose heads share lanes (libtpu 0.0.42).
+    Tiles may not be smaller. The compilers for v5e and v6e fail on tiles of 24 to 64 rows whose heads share lanes
+    (libtpu 0.0.42).
     """
     return next((size for size in TILES if rows % size == 0), TILES[-1])
 
@@ -43,8 +44,11 @@ def attention(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "R N H"]:
-    """Heads narrower than 128 lanes share a block of lanes where every query head has its own keys, and 128 / H is
-    whole; others are padded to 128. Columns are read where they lie, if nothing is padded."""
+    """Compute attention.
+
+    Heads narrower than 128 lanes share a block of lanes if every query head has its own keys and 128 / H is whole.
+    Others are padded to 128. Columns are read in place if nothing is padded.
+    """
     rows, heads, size = q.shape
     keys, kv_heads, _ = k.shape
     if size % LANES and not (heads == kv_heads and LANES % size == 0 and heads * size % LANES == 0):
@@ -89,20 +93,29 @@ def _alone(x: Array | Columns) -> Array:
 
 
 def _in_columns(x: Array | Columns, tile: int) -> tuple[Float[Array, "T C"], int]:
-    """An array of whole tiles of rows, and which of its blocks of columns, as wide as the heads, holds them."""
+    """Return an array of whole tiles of rows, and the number of its block of columns that holds the heads.
+
+    The blocks are as wide as the heads.
+    """
     if isinstance(x, Columns) and len(x.array) % tile == 0 and x.first % x.heads == 0:
         return x.array, x.first // x.heads
     return _pad_rows(_alone(x).reshape(x.shape[0], -1), tile), 0
 
 
 def _pad_rows(x: Array, tile: int) -> Array:
-    """Zeros behind the last row, up to whole tiles: a block that reaches beyond an array would hold anything."""
+    """Add zeros behind the last row, up to whole tiles.
+
+    A block that reaches beyond an array would hold undefined values.
+    """
     return jnp.pad(x, ((0, -len(x) % tile), (0, 0)))
 
 
 def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, kv_heads: int, scale: float):
-    """One (query tile, key tile). highest and total, [N, B, 128], hold a row's running maximum and sum in every lane;
-    sums, [B, N * H], what it has drawn so far."""
+    """Compute one (query tile, key tile).
+
+    highest and total, [N, B, 128], hold a row's running maximum and sum in every lane. sums, [B, N * H], hold the
+    weighted values so far.
+    """
     item = items[pl.program_id(0)]
     width = k.shape[0]
     keys = key_tile(item) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
@@ -124,7 +137,7 @@ def _kernel(items, spans, q, k, v, out, highest, total, sums, *, size: int, kv_h
                 query, k[:, kv_at : kv_at + block], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
             )
             scores = jnp.where(allowed, scores * (scale * math.log2(math.e)), MASKED)
-            # not below FLOOR: a row that sees nothing here would count every key as 1
+            # The maximum is not below FLOOR. Otherwise a row that sees nothing here would count every key as 1.
             most = jnp.broadcast_to(scores.max(1, keepdims=True), (len(query), LANES))
             most = jnp.maximum(FLOOR if first else highest[head], most)
             weights = jnp.exp2(scores - jnp.tile(most, (1, width // LANES)))

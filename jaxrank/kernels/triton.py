@@ -1,8 +1,8 @@
 """Attention over packed rows for NVIDIA GPUs, in Pallas through Triton: one program for each (query tile, head).
 
-A program loops over its query tile's part of the tile list with a running maximum and sum (Dao et al. 2022). Its
-length comes from the list, so cost follows the sum of squared lengths. What the compiler makes of it for an H100, and
-why the sizes are these: docs/performance.md.
+A program loops over its query tile's part of the tile list with a running maximum and sum (Dao et al. 2022). The length
+of the loop comes from the list, so the cost follows the sum of squared lengths. docs/performance.md says what the
+compiler makes of it for an H100, and why the sizes are these.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from jaxrank.kernels.grid import key_tile
 from jaxrank.types import Layout
 
 TILE, KEY_TILE = 128, 64
-"""Rows of a query tile and of a key tile at most; float32 keys are read half a tile at a time."""
+"""The most rows of a query tile and of a key tile. float32 keys are read half a tile at a time."""
 WARPS = 8
 MASKED = -1e30
 
 
 def tile_size(rows: int, most: int = TILE) -> int:
-    """Rows of a query tile: TILE, or the next power of 2 of a shorter array, since Triton knows no others."""
+    """Return the rows of a query tile: TILE, or the next power of 2 for a shorter array, because Triton allows no
+    others."""
     return min(most, max(16, 1 << (rows - 1).bit_length()))
 
 
 def key_tile_size(keys: int) -> int:
-    """The same of a key tile."""
+    """Return the keys of a key tile in the same way."""
     return tile_size(keys, KEY_TILE)
 
 
@@ -46,9 +47,17 @@ def attention(
     interpret: bool = False,
     tiles: tuple[int, int] | None = None,
 ) -> Float[Array, "R N H"]:
-    """Head sizes that are no power of 2, and rows and keys that are no whole tiles, are padded.
+    """Compute attention. Head sizes that are no power of 2 are padded, and so are rows and keys that are no whole
+    tiles.
 
-    tiles: rows of a query tile and of a key tile, powers of 2, where the layout was not made with the sizes above.
+    Args:
+        q: the queries.
+        k: the keys.
+        v: the values.
+        layout: the layout.
+        scale: the factor of the scores.
+        interpret: whether the kernel runs in Pallas's interpreter.
+        tiles: rows of a query tile and of a key tile, powers of 2, if the layout was not made with the sizes above.
     """
     rows, heads, size = q.shape
     keys, kv_heads, _ = k.shape
@@ -74,7 +83,7 @@ def attention(
 
 
 def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float, interpret: bool):
-    """One query tile of one head."""
+    """Compute one query tile of one head."""
     tile = pl.program_id(0)
     height, wide = q.shape
     query = q[...]
@@ -82,12 +91,12 @@ def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float, int
     exp2 = jnp.exp2 if interpret else _exp2
     piece, precision = width, None
     if q.dtype == jnp.float32:
-        # three TF32 products keep float32 to about 1e-6; one would keep 10 bits, and FMAs would spill
+        # Three TF32 products keep float32 to about 1e-6. One product would keep 10 bits, and FMAs would spill.
         piece = max(16, min(width, KEY_TILE) // 2)
         precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
     def within(keys: Array, start: Array, end: Array) -> Array:
-        """start <= keys < end in one comparison: what lies before the start is large without a sign."""
+        """Return start <= keys < end, in one comparison: a key before the start is a large number without a sign."""
         return (keys - start).astype(jnp.uint32) < (end - start).astype(jnp.uint32)
 
     def some_keys(first: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -111,14 +120,14 @@ def _kernel(items, starts, spans, q, k, v, out, *, width: int, scale: float, int
         return carry
 
     none = jnp.zeros(height, jnp.float32)
-    # the maximum starts below all scores but above MASKED, which so weighs 0 even in a row that has seen no key yet
+    # The maximum starts below all scores but above MASKED. So MASKED weighs 0 even in a row that has seen no key yet.
     carry = (none + MASKED / 2, none, jnp.zeros((height, wide), jnp.float32))
     _, total, sums = lax.fori_loop(starts[tile] * steps, starts[tile + 1] * steps, one_step, carry)
     out[...] = (sums / jnp.where(total > 0, total, 1.0)[:, None]).astype(out.dtype)
 
 
 def _exp2(x: Array) -> Array:
-    """2**x in one instruction; jnp.exp2 spends three more on results below 2**-126, which are 0 here."""
+    """Return 2**x in one instruction. jnp.exp2 uses three more for results below 2**-126, which are 0 here."""
     [power] = plgpu.elementwise_inline_asm(
         "ex2.approx.ftz.f32 $0, $1;",
         args=[x],

@@ -1,4 +1,4 @@
-"""Attention in plain XLA: `dense`, the oracle, and `tiled`, which runs everywhere and whose cost follows the tiles."""
+"""Attention in plain XLA: `dense` is the reference, and `tiled` runs everywhere at a cost that follows the tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxrank.kernels.tiles import classes
 from jaxrank.types import Layout
 
 MASKED = -1e30
-"""Finite, so that a row without any key gives weights that can be zeroed instead of NaN."""
+"""The score of a masked key. It is finite, so a row without any key gives weights that can be zeroed, and no NaN."""
 
 
 def _allowed(spans: Int32[Array, "B 4"], keys: Int32[Array, " W"]) -> Bool[Array, "B W"]:
@@ -19,7 +19,7 @@ def _allowed(spans: Int32[Array, "B 4"], keys: Int32[Array, " W"]) -> Bool[Array
 
 
 def _softmax_rows(scores: Float[Array, "K GB W"], allowed: Bool[Array, "GB W"]) -> tuple[Array, Array]:
-    """Unnormalised weights [K, GB, W] and their sums [K, GB, 1], float32; rows without keys give 0 and 1."""
+    """Return unnormalised weights [K, GB, W] and their sums [K, GB, 1], float32. Rows without keys give 0 and 1."""
     scores = jnp.where(allowed, scores, MASKED)
     weights = jnp.where(allowed, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
     total = weights.sum(-1, keepdims=True)
@@ -29,7 +29,10 @@ def _softmax_rows(scores: Float[Array, "K GB W"], allowed: Bool[Array, "GB W"]) 
 def dense(
     q: Float[Array, "R N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], layout: Layout, *, scale: float
 ) -> Float[Array, "R N H"]:
-    """Every row against every key with a mask: R x T memory. The reference, and right for any spans."""
+    """Compute every row against every key with a mask, with R x T memory.
+
+    It is the reference, and right for any spans.
+    """
     rows, heads, size = q.shape
     groups = heads // k.shape[1]
     allowed = _allowed(jnp.asarray(layout.spans), jnp.arange(k.shape[0]))
@@ -44,13 +47,14 @@ def dense(
 def tiled(
     q: Float[Array, "R N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], layout: Layout, *, scale: float
 ) -> Float[Array, "R N H"]:
-    """One loop for each tile class over the layout's tile list.
+    """Compute attention in one loop for each tile class, over the layout's tile list.
 
-    A tile's rows are put heads first as they are read, so that a tile is one batched product: the gather copies them
-    anyway, and transposing whole arrays beforehand would take longer. A tile of more keys than its class is wide runs
-    over them in pieces, with the running maximum and sum of Milakov and Gimelshein 2018.
-    The output takes the place of q in the loops' carry, in float32: XLA's CPU backend would turn a bfloat16 update of
-    the carried buffer into a float32 copy of all of it.
+    The rows of a tile are read with heads first, so that a tile is one batched product. The gather copies them in any
+    case, and to transpose whole arrays before would take longer. A tile with more keys than its class's width is
+    computed in pieces, with the running maximum and sum of Milakov and Gimelshein 2018.
+
+    The output takes the place of q in the loops' carry, in float32. For a bfloat16 update of the carried buffer, XLA's
+    CPU backend would make a float32 copy of all of it.
     """
     rows, heads, size = q.shape
     keys, kv_heads, _ = k.shape

@@ -1,4 +1,4 @@
-"""The model families, keyed by `architectures[0]` of config.json."""
+"""The model families, by `architectures[0]` of config.json."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from jaxrank.types import Config
 
 
 class Family(NamedTuple):
-    """What makes a model family: its module, how its config.json is read, and the family of its prompts.
+    """What makes a model family.
 
-    Models that read a prompt answer yes or no, and their score is the probability of yes; the others (None) read query
-    and document side by side.
+    Models that read a prompt answer yes or no, and their score is the probability of yes. The others read query and
+    document side by side.
+
+    Attributes:
+        module: the class of the model.
+        config: the class that reads its config.json.
+        prompts: the family of its prompts. None is for models without a prompt.
     """
 
     module: type[Any]
@@ -41,7 +46,12 @@ MOST_LAYERS = 1000
 
 
 def settings_of(config: Config) -> tuple[Family, Any]:
-    """The family that a config.json names, and its settings. Raises UnsupportedError or CheckpointError."""
+    """Return the family that a config.json names, and its settings.
+
+    Raises:
+        UnsupportedError: jaxrank does not implement the architecture or a setting.
+        CheckpointError: a field is missing or wrong.
+    """
     architectures = config.get("architectures") or []
     if architectures not in [[name] for name in FAMILIES]:
         raise UnsupportedError(f"config.json: architectures is {architectures!r}; jaxrank knows {', '.join(FAMILIES)}")
@@ -64,7 +74,7 @@ def settings_of(config: Config) -> tuple[Family, Any]:
 
 
 def whole_numbers(settings: Any) -> Iterator[tuple[str, Any]]:
-    """The fields that are to be whole numbers, of the settings and of settings within them, by name."""
+    """Yield the fields that must be whole numbers, by name, of the settings and of settings within them."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):

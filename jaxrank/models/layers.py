@@ -1,4 +1,4 @@
-"""Pieces that every model family shares: products in float32, norms, activations, running a stack of layers."""
+"""Parts that every model family shares: products in float32, norms, activations, and running a stack of layers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ from jaxrank.types import ArrayLike
 INIT_SCALE = 0.02
 RUN = 1024
 UNROLLED = 2048
-"""Rows up to which layers are unrolled on GPUs: see `run_layers`."""
+"""On GPUs, layers are unrolled in rows up to this length; see `run_layers`."""
 HEAD_GROUP = 4
-"""Key/value heads that are computed together, with their query heads, in a long row."""
+"""The number of key/value heads that are computed together, with their query heads, in a long row."""
 
 
 def refuse(fields: Mapping[str, tuple[Any, Any]]) -> None:
-    """UnsupportedError that names every field of config.json whose value is not the one that is implemented.
+    """Check that config.json asks only for what is implemented.
 
-    fields: by name, (what config.json says or implies, what is implemented).
+    Args:
+        fields: by name, (what config.json says or implies, what is implemented).
+
+    Raises:
+        UnsupportedError: some values differ. The message names all of them.
     """
     refused = [f"{name} = {came!r} (implemented: {known!r})" for name, (came, known) in fields.items() if came != known]
     if refused:
@@ -48,12 +52,21 @@ def weight(
     size: int = 1,
     scale_over: Sequence[int] = (),
 ) -> nnx.Param[Array]:
-    """A normal-distributed parameter, for training from scratch and tests; zeros without rngs, for outlines.
+    """Return a normally distributed parameter, for training from scratch and tests.
 
-    Axes are counted from the last. shard: the one that several devices share, with so many members side by side, of
-    heads of that size (see jaxrank.sharding). scale_over: those
-    that share a scale where the parameter is quantised, the ones that products sum over, or a table's columns; without
-    any it never is.
+    Without rngs it is zero, for outlines.
+
+    Axes are counted from the last.
+
+    Args:
+        rngs: the source of random numbers, or None.
+        shape: the shape.
+        dtype: the dtype.
+        shard: the axis that several devices share (see jaxrank.sharding).
+        members: the number of members that stand side by side on that axis.
+        size: the size of the heads of a member.
+        scale_over: the axes that share a scale where the parameter is quantised. These are the axes that products sum
+            over, or a table's columns. Without any, the parameter is never quantised.
     """
     declared: dict[str, Any] = dict(shard=shard, members=members, size=size, scale_over=tuple(scale_over))
     if rngs is None:
@@ -63,8 +76,9 @@ def weight(
 
 
 def einsum(spec: str, x: Array, kernel: Matrix) -> Float32[Array, ...]:
-    """A product with float32 accumulation and result, whatever the operands' dtype. The kernel's axes that are not
-    summed over are the result's last.
+    """Return a product with float32 accumulation and result, whatever the operands' dtype.
+
+    The kernel's axes that are not summed over must be the result's last.
     """
     if isinstance(kernel, Quantized):
         product = einsum(spec, x, kernel.values.astype(x.dtype))
@@ -75,11 +89,18 @@ def einsum(spec: str, x: Array, kernel: Matrix) -> Float32[Array, ...]:
 def rounded_product(
     x: Float[Array, "R D"], kernel: Matrix, implementation: str | None, bias: Float32[Array, " F"] | None = None
 ) -> Float[Array, "R F"]:
-    """x @ kernel [D, F] + bias for what is rounded to the kernel's dtype at once; accumulated in float32.
+    """Return x @ kernel [D, F] + bias, accumulated in float32, for results that are rounded to the kernel's dtype at
+    once.
 
-    On accelerators the result has that dtype. On CPU it is float32, which is what reaches XLA's bfloat16 kernels. A GPU
-    rounds before the bias is added too: it would write a float32 product and read it again, where a TPU adds the bias
-    to what it makes. implementation: that of attention.
+    On accelerators the result has that dtype. On CPU it is float32, because this form reaches XLA's bfloat16 kernels. A
+    GPU also rounds before the bias is added. Otherwise it would write a float32 product and read it again. A TPU adds
+    the bias to the product while it makes it.
+
+    Args:
+        x: the input.
+        kernel: the kernel [D, F].
+        implementation: that of attention.
+        bias: the bias, or None.
     """
     dtype = operand_dtype(kernel.dtype, implementation)
     x = x.astype(kernel.dtype)
@@ -93,8 +114,16 @@ def rounded_product(
 def table_rows(
     table: Float[Array, "V D"] | Quantized, at: Int32[ArrayLike, " R"], implementation: str | None
 ) -> Float32[Array, "R D"]:
-    """table[at] in float32. On CPU a bfloat16 table is read as integers, since XLA would not fuse its reading with what
-    follows; a TPU would copy the whole table for that. implementation: that of attention."""
+    """Return table[at] in float32.
+
+    On CPU a bfloat16 table is read as integers. XLA would not fuse its reading with what follows otherwise. A TPU would
+    copy the whole table for that.
+
+    Args:
+        table: the table.
+        at: the indices of the rows.
+        implementation: that of attention.
+    """
     if isinstance(table, Quantized):
         return table.values[at].astype(jnp.float32) * table.scale[at]
     if table.dtype != jnp.bfloat16 or not is_for_cpu(implementation):
@@ -104,10 +133,17 @@ def table_rows(
 
 
 class Projection(nnx.Module):
-    """x @ kernel [D, F] + bias [F]; the result is float32. F = 0 stands for a kernel [D] and one number a row.
+    """Compute x @ kernel [D, F] + bias [F]. The result is float32.
 
-    shard: the axis of the kernel that several devices share, -2 for D, -1 for F; members, size: as `weight` has them.
-    quantizes: whether --quantization is for it.
+    Args:
+        wide: D.
+        out: F. 0 stands for a kernel [D] and one number for each row.
+        dtype: the dtype of the kernel.
+        rngs: the source of random numbers, or None.
+        shard: the axis of the kernel that several devices share, -2 for D, -1 for F.
+        members: as in `weight`.
+        size: as in `weight`.
+        quantizes: whether --quantization applies to it.
     """
 
     def __init__(
@@ -133,21 +169,32 @@ class Projection(nnx.Module):
         return (sum_over_shards(product) if self.sums_shards else product) + self.bias[...]
 
     def add_to(self, x: Float32[Array, "R F"], y: Array) -> Float32[Array, "R F"]:
-        """x + y @ kernel + bias, in this order: XLA then adds x where it makes the product, and reads it no more."""
+        """Return x + y @ kernel + bias, added in this order.
+
+        XLA then adds x where it makes the product, and does not read x again.
+        """
         product = einsum("RD,DF->RF", y.astype(self.kernel.dtype), self.kernel[...])
         return x + (sum_over_shards(product) if self.sums_shards else product) + self.bias[...]
 
     def rounded(self, x: Array, implementation: str | None) -> Float32[Array, "R F"]:
-        """The same where no device has a part of the sum, from a product that is rounded at once."""
+        """Return the same as a call, from a product that is rounded at once.
+
+        No device may have only a part of the sum.
+        """
         return rounded_product(x, self.kernel[...], implementation).astype(jnp.float32) + self.bias[...]
 
 
 class LayerNorm(nnx.Module):
     """Layer normalisation over D in float32 (Ba, Kiros, Hinton 2016).
 
-    implementation: that of attention. For TPU the variance is the mean of squares less the square of the mean: XLA
-    finds both where it makes the product before. It keeps float32's precision where the mean is not many times the
-    deviation, as in a residual stream. XLA's GPU backend makes fewer kernels of the other form.
+    On TPU the variance is the mean of squares minus the square of the mean. XLA computes both where it makes the
+    product before. This form keeps float32's precision as long as the mean is not many times the deviation, as in a
+    residual stream. On GPUs the other form is used, because XLA makes fewer kernels for it.
+
+    Args:
+        width: D.
+        eps: the term that is added to the variance.
+        implementation: that of attention.
     """
 
     def __init__(self, width: int, eps: float, implementation: str | None = None):
@@ -167,23 +214,29 @@ class LayerNorm(nnx.Module):
 
 
 def apart(x: Array, implementation: str | None) -> Array:
-    """x as it is; on TPU it is written before it is used. XLA would make x and the product after it one fusion there,
-    which takes more time than both. implementation: that of attention."""
+    """Return x as it is. On TPU it is written to memory before it is used.
+
+    Otherwise XLA would make x and the product after it one fusion there, which takes more time than both.
+    `implementation` is that of attention.
+    """
     return jax.lax.optimization_barrier(x) if is_for_tpu(implementation) else x
 
 
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
-    """Exact gelu, x * Phi(x) (Hendrycks and Gimpel 2016).
+    """Return exact gelu, x * Phi(x) (Hendrycks and Gimpel 2016).
 
-    Written with erf, not with the erfc of jax.nn.gelu: on CPU that takes half the time, and the difference, an
-    absolute 1e-7 * |x| for negative x, is below the rounding of what follows. PyTorch computes the same form.
+    It uses erf, and not erfc as jax.nn.gelu does, because erf takes half the time on CPU. The difference is an absolute
+    1e-7 * |x| for negative x, below the rounding of what follows. PyTorch computes the same form.
     """
     return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def save_memory(rows: int, implementation: str | None) -> bool:
-    """Whether a row is so long that its layers are computed piece by piece: on CPU, where memory is what weights and
-    programs leave, and where small pieces cost no time. implementation: that of attention."""
+    """Return whether a row is so long that its layers are computed piece by piece.
+
+    This happens on CPU, where the memory left by weights and programs is the limit and small pieces cost no time.
+    `implementation` is that of attention.
+    """
     return rows > LONG_ROW and is_for_cpu(implementation)
 
 
@@ -194,11 +247,17 @@ def in_runs(
     used: ArrayLike,
     implementation: str | None,
 ) -> Any:
-    """f(out, *sources) for an f that treats every row alone and returns what takes the place of `out`: an array
-    [R, ...], or several; zeros of their shapes where `out` is None.
+    """Return f(out, *sources), for an f that treats every row alone.
 
-    Where memory is saved, rows go through f in runs, and only as many as hold the first `used` rows: the others stay
-    what they are.
+    Where memory is saved, rows go through f in runs. Then only the runs that hold the first `used` rows are computed,
+    and the other rows stay as they are.
+
+    Args:
+        f: the function. It returns what takes the place of `out`.
+        out: an array [R, ...], or several. None is for zeros of the shapes that f returns.
+        sources: further arrays with R rows.
+        used: the number of rows to compute.
+        implementation: that of attention.
     """
     rows = len(sources[0] if out is None else out)
     if not save_memory(rows, implementation):
@@ -223,9 +282,17 @@ def add_by_heads(
     keys: int,
     implementation: str | None,
 ) -> Float[Array, "R D"]:
-    """x with what attention's heads add to it: add(i, group, x) adds that of heads i * group to (i + 1) * group.
+    """Return x with what attention's heads add to it.
 
-    All at once, but for a row of so many `keys` that memory is saved: there a few at a time. heads: key/value heads.
+    All heads are computed at once. Only in a row with so many `keys` that memory is saved, a few are computed at a
+    time.
+
+    Args:
+        add: add(i, group, x) adds the output of heads i * group to (i + 1) * group.
+        x: the input.
+        heads: the number of key/value heads.
+        keys: the number of keys of the row.
+        implementation: that of attention.
     """
     group = HEAD_GROUP if save_memory(keys, implementation) and heads % HEAD_GROUP == 0 else heads
     if group == heads:
@@ -244,12 +311,15 @@ def some_heads(
     *,
     axis: int = -1,
 ) -> Any:
-    """Of members start to stop on that axis of weights, key heads i * group to (i + 1) * group, each of that size."""
+    """Return a part of weights: key heads i * group to (i + 1) * group of members start to stop on that axis.
+
+    Each head has that size.
+    """
     stop = members if stop is None else stop
 
     def some(part: Array) -> Array:
         at = part.ndim + axis
-        if part.shape[at] == 1:  # of int8 weights: a scale for all heads
+        if part.shape[at] == 1:  # in int8 weights this is a scale for all heads
             return part
         heads = part.shape[at] // (members * size)
         if group == heads:  # TPU would copy the whole array for the reshaping below
@@ -270,7 +340,15 @@ def add_drawn(
     used: ArrayLike,
     implementation: str | None,
 ) -> Float[Array, "R D"]:
-    """x plus what these heads have drawn, through their part [heads * H, D] of the output projection."""
+    """Return x plus the output projection of these heads' results.
+
+    Args:
+        x: the input.
+        drawn: the results of the heads.
+        out: the heads' part [heads * H, D] of the projection.
+        used: as in `in_runs`.
+        implementation: that of attention.
+    """
 
     def some(x: Array, drawn: Array) -> Array:
         return x + sum_over_shards(einsum("RF,FD->RD", drawn.reshape(len(drawn), -1).astype(out.dtype), out))
@@ -279,9 +357,11 @@ def add_drawn(
 
 
 def stack(layers: nnx.List, *, free: bool = False) -> Any:
-    """One layer whose parameters carry a leading axis over `layers`, for `run_layers` to scan over.
+    """Return one layer whose parameters have a leading axis over `layers`. `run_layers` scans over it.
 
-    free: give each parameter's memory back once it is stacked; the layers are no use then.
+    Args:
+        layers: the layers.
+        free: whether each parameter's memory is freed once it is stacked. The layers cannot be used afterwards.
     """
 
     def stacked(*leaves: Array) -> Array:
@@ -295,8 +375,11 @@ def stack(layers: nnx.List, *, free: bool = False) -> Any:
 
 
 def stack_layers(model: Any) -> None:
-    """Stack a model's or a vision tower's layers, or outlines of layers, in place, where they are not yet: all but the
-    last, those of Qwen3-VL that add features by themselves, those of a tower stage by stage."""
+    """Stack the layers of a model or a vision tower, or their outlines, in place, if they are not stacked yet.
+
+    The last layer is not stacked, and neither are the layers of Qwen3-VL that add features. The layers of a tower are
+    stacked stage by stage.
+    """
     for name in ("adding", "layers"):
         if hasattr(model, name):
             setattr(model, name, _stacked(getattr(model, name)))
@@ -307,8 +390,11 @@ def stack_layers(model: Any) -> None:
 
 
 def _stacked(layers: Any) -> Any:
-    """Layers as one with a leading axis; none stay none. The layers are used up: each parameter is freed once it is
-    stacked, so that a device needs little more than the weights."""
+    """Return layers as one with a leading axis. No layers stay no layers.
+
+    The layers are used up: each parameter is freed once it is stacked. So a device needs little more memory than the
+    weights.
+    """
     if not isinstance(layers, nnx.List) or not len(layers):
         return layers
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(layers))):
@@ -319,12 +405,14 @@ def _stacked(layers: Any) -> Any:
 def run_layers(
     layers: Any, x: Float[Array, "T D"], *args: Any, added: Float[Array, "layers T D"] | None = None
 ) -> Float[Array, "T D"]:
-    """x through all layers: a plain loop over a list, a lax.scan over a stacked layer (see `stack`).
+    """Return x after all layers, by a plain loop over a list, or a lax.scan over a stacked layer (see `stack`).
 
-    On a GPU a scan copies each layer's parameters out of the stack. Short rows, where that takes longest beside the
-    layer's work, go through a loop that reads them in place, and run as one CUDA graph; XLA takes several times as long
-    to compile it. In longer rows a layer's vectors are one copy.
-    added: what comes to x after each layer.
+    On a GPU a scan copies each layer's parameters out of the stack. In short rows this takes long compared with the
+    layer's work. So they go through a loop that reads the parameters in place, and run as one CUDA graph. XLA takes
+    several times as long to compile it. In longer rows a layer's vectors are one copy.
+
+    Args:
+        added: what is added to x after each layer.
     """
     if isinstance(layers, nnx.List):
         for i, layer in enumerate(layers):
@@ -345,7 +433,11 @@ def run_layers(
 
 
 def _with_one_vector(state: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Stacked layers whose vectors [layers, ...] are one array, and what makes a layer's own state of one of them."""
+    """Join the vectors [layers, ...] of stacked layers into one array.
+
+    Returns:
+        The layers, and a function that makes a layer's own state from one of them.
+    """
     leaves, tree = jax.tree.flatten(state)
     vectors = [leaf for leaf in leaves if leaf.ndim == 2]
     ends = [int(end) for end in np.cumsum([vector.shape[1] for vector in vectors])]

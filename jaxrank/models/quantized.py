@@ -1,8 +1,8 @@
 """Matrices in int8 with a float32 scale for each output channel: half the memory of bfloat16.
 
-Only weights are rounded. A product is (x @ int8 in x's dtype) * scale, which XLA computes without keeping the matrix in
-the wide dtype; every int8 is exact in bfloat16. Symmetric, with the largest magnitude of a channel at 127, as in Wu et
-al. 2020, "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation".
+Only weights are rounded. A product is (x @ int8 in x's dtype) * scale. XLA computes it without a copy of the matrix in
+the wide dtype. Every int8 is exact in bfloat16. The method is symmetric: the largest magnitude of a channel becomes 127
+(Wu et al. 2020, "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation").
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ LARGEST = 127
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
-    """values * scale, in place of a parameter's array.
+    """The product values * scale, in place of a parameter's array.
 
-    scale has the axes of values, of size 1 where one scale holds for the whole axis. dtype: what the numbers stand for,
-    and that of activations beside them.
+    Attributes:
+        values: the numbers in int8.
+        scale: the scales, with the axes of values. An axis has size 1 where one scale holds for the whole axis.
+        dtype: the dtype that the numbers stand for, and that of activations beside them.
     """
 
     values: Any
@@ -47,7 +49,7 @@ class Quantized:
         return self.values.size
 
     def __getitem__(self, key: EllipsisType) -> Quantized:
-        """All of it: parameter[...] is how modules read arrays."""
+        """Return all of it. Modules read arrays as parameter[...]."""
         return self
 
 
@@ -55,7 +57,11 @@ Matrix = Array | Quantized
 
 
 def check_quantization(name: str | None) -> None:
-    """RequestError unless it is None or one of QUANTIZATIONS."""
+    """Check that the name is None or one of QUANTIZATIONS.
+
+    Raises:
+        RequestError: it is not.
+    """
     if name is not None and name not in QUANTIZATIONS:
         raise RequestError(
             f"quantization {name!r} is unknown; {', '.join(QUANTIZATIONS)}, or leave it out for weights in dtype"
@@ -63,7 +69,7 @@ def check_quantization(name: str | None) -> None:
 
 
 def quantized_outline(model: nnx.Module) -> Any:
-    """An outline with int8 and scales in place of every parameter that declares which axes share a scale."""
+    """Return an outline with int8 and scales for every parameter that declares which axes share a scale."""
     graph, state = nnx.split(model)
 
     def outline(parameter: nnx.Variable[Any]) -> nnx.Variable[Any]:
@@ -84,20 +90,24 @@ def quantized_outline(model: nnx.Module) -> Any:
 
 
 def largest_magnitudes(x: Num[np.ndarray, ...], axes: int | Sequence[int]) -> Float32[np.ndarray, ...]:
-    """Over these axes, which stay with size 1. A NaN or infinity comes through."""
+    """Return the largest magnitudes over these axes, which stay with size 1. A NaN or infinity is kept."""
     return np.maximum(
         x.max(tuple(np.atleast_1d(axes)), keepdims=True), -x.min(tuple(np.atleast_1d(axes)), keepdims=True)
     )
 
 
 def scales(largest: Float32[np.ndarray, ...]) -> Float32[np.ndarray, ...]:
-    """For channels of these largest magnitudes. ValueError if one is not finite."""
+    """Return the scales of channels with these largest magnitudes.
+
+    Raises:
+        ValueError: a magnitude is not finite.
+    """
     if not np.isfinite(largest).all():
         raise ValueError("has values that are not finite")
     return np.maximum(largest, np.finfo(np.float32).tiny * LARGEST) / np.float32(LARGEST)
 
 
 def rounded(x: Float32[np.ndarray, ...], scale: Float32[np.ndarray, ...]) -> Int8[np.ndarray, ...]:
-    """x in steps of scale, which broadcasts against it."""
+    """Return x in steps of scale. The two must broadcast."""
     steps = x / scale
     return np.rint(steps, out=steps).astype(np.int8)

@@ -1,10 +1,11 @@
 """Qwen3 decoder with one float32 vector as its head: Qwen3-Reranker 0.6B, 4B and 8B.
 
 Qwen Team 2025, "Qwen3 Technical Report" and "Qwen3 Embedding: Advancing Text Embedding and Reranking Through Foundation
-Models". The computation is that of transformers' Qwen3ForCausalLM read at the last token, as the publisher's script
-reads it: softmax over the logits of "no" and "yes" is the sigmoid of their difference, so the whole vocabulary's
-product shrinks to one with W[yes] - W[no]. Qwen3ForSequenceClassification with one label is the same with its own
-vector.
+Models".
+
+The computation is that of transformers' Qwen3ForCausalLM read at the last token, as in the publisher's script. Softmax
+over the logits of "no" and "yes" is the sigmoid of their difference. So the product with the whole vocabulary becomes a
+product with W[yes] - W[no]. Qwen3ForSequenceClassification with one label is the same with its own vector.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ from jaxrank.sharding import sum_over_shards
 from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, Packed
 
 PUBLISHED_LENGTH = 8192
-"""The publisher's own longest prompt, in tokens. The models' position limit is far above."""
+"""The longest prompt of the publisher, in tokens. The models' position limit is far above."""
 
 
 @dataclass(frozen=True)
 class Qwen3Config:
+    """The settings of the model."""
+
     vocab_size: int
     width: int
     layers: int
@@ -66,9 +69,10 @@ class Qwen3Config:
 
     @classmethod
     def read(cls, config: Config) -> Qwen3Config:
-        """From config.json, with the rotary settings where old (rope_theta) or new (rope_parameters) files keep them.
+        """Read config.json. The rotary settings are in rope_theta in old files, and in rope_parameters in new ones.
 
-        A field whose value would change the result and is not implemented is refused by name.
+        Raises:
+            UnsupportedError: a field has a value that would change the result and is not implemented.
         """
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads", heads)
@@ -111,7 +115,7 @@ class Qwen3Config:
 
 
 class RMSNorm(nnx.Module):
-    """x over its root mean square, in float32 (Zhang and Sennrich 2019)."""
+    """Return x divided by its root mean square, in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
@@ -122,10 +126,10 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with queries and keys normalised per head before they are turned.
+    """Grouped-query attention. Queries and keys are normalised for each head before they are turned.
 
-    Queries, keys and values are one product: its kernel has G members of queries, one of keys and one of values. Query
-    head g * K + k looks at key head k, so that devices can share the key heads out, each with its query heads.
+    Queries, keys and values are one product. Its kernel has G members of queries, one of keys and one of values. Query
+    head g * K + k uses key head k. So devices can share the key heads, each with its query heads.
     """
 
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
@@ -148,7 +152,7 @@ class Attention(nnx.Module):
         query_rotary: Rotary,
         key_rotary: Rotary,
     ) -> Float32[Array, "R D"]:
-        """x plus what its rows draw from `row`, in a long row a few heads at a time."""
+        """Return x plus the attention of its rows over `row`. In a long row a few heads are computed at a time."""
         queries, members, size, asking = self.queries, self.queries + 2, self.size, x
         dtype = operand_dtype(self.out.dtype, self.implementation)
         how: Any = dict(used=layout.used, implementation=self.implementation)
@@ -159,7 +163,7 @@ class Attention(nnx.Module):
 
         def add_heads(i: Array | int, group: int, x: Array) -> Array:
             def project(y: Array, by: Rotary, start: int, stop: int) -> list[Any]:
-                """Of the members: queries, keys, values, as attention takes them."""
+                """Return the members of the product (queries, keys, values) as attention takes them."""
                 kernel = some_heads(self.qkv[...], i, group, size, members, start, stop)
 
                 def some(_: Any, y: Array, *by: Array) -> list[Any]:
@@ -199,14 +203,14 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
         y = self.norm(x).astype(self.gate.dtype)
         gate, up = (rounded_product(y, kernel[...], self.implementation) for kernel in (self.gate, self.up))
-        # XLA for TPU would write the gate in float32 otherwise
+        # Otherwise XLA for TPU would write the gate in float32.
         gate = apart(gate, self.implementation).astype(jnp.float32)
         inner = (jax.nn.silu(gate) * up.astype(jnp.float32)).astype(self.down.dtype)
         return x + sum_over_shards(einsum("TF,FD->TD", apart(inner, self.implementation), self.down[...]))
 
 
 class Layer(nnx.Module):
-    """Pre-norm transformer layer: what attention and feed-forward draw from the normalised residual is added to it."""
+    """Pre-norm transformer layer: attention and feed-forward read the normalised residual and are added to it."""
 
     def __init__(self, config: Qwen3Config, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
@@ -216,7 +220,10 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float32[Array, "T D"], layout: Layout, rotary: Rotary, rows: ArrayLike | None = None
     ) -> Float32[Array, "R D"]:
-        """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
+        """Compute all rows of x, or only those at `rows`, because the last layer needs no others.
+
+        `layout` must match these rows.
+        """
         mine, mine_rotary = (x, rotary) if rows is None else (x[rows], Rotary(rotary.cos[rows], rotary.sin[rows]))
         return in_runs(
             self.feed_forward,
@@ -227,11 +234,11 @@ class Layer(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-    """A packed row in, one float32 logit a slot out: logit("yes") - logit("no") at the slot's token.
+    """The model: a packed row in, one float32 logit for each slot out.
 
-    Matrices and what is multiplied with them are in `dtype`; the residual stream, norms, rotary tables, the head and
-    everything summed are float32: near a logit of 18, bfloat16 has steps of 0.07, which tie or swap documents.
-    `implementation` is that of kernels.attention.
+    The logit is logit("yes") - logit("no") at the slot's token. Matrices and what is multiplied with them are in
+    `dtype`. The residual stream, norms, rotary tables, the head and all sums are float32. Near a logit of 18, bfloat16
+    has steps of 0.07, which would make documents equal or swap them. `implementation` is that of kernels.attention.
     """
 
     causal = True
@@ -251,22 +258,25 @@ class Qwen3(nnx.Module):
         return rotary(batch.positions, self.config.head_size, self.config.theta)
 
     def token_embeddings(self, batch: Packed) -> Float32[Array, "T D"]:
-        """The rows of the table of words."""
+        """Return the rows of the word table."""
         return table_rows(self.word[...], batch.tokens, self.implementation)
 
     def embed(
         self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None
     ) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
-        """The first layer's input, and what every layer takes besides. embeddings: instead of token_embeddings."""
+        """Return the first layer's input, and the other arguments of every layer.
+
+        `embeddings` are used instead of token_embeddings.
+        """
         x = self.token_embeddings(batch) if embeddings is None else embeddings
         return x, (batch.layout, self._rotary(batch))
 
     def finish(self, x: Float32[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
-        """The last layer, at the scored rows alone, and the head."""
+        """Compute the last layer, at the scored rows only, and the head."""
         return self.classify(self.last(x, batch.score_layout, self._rotary(batch), batch.score_at))
 
     def classify(self, x: Float32[Array, "S D"]) -> Float32[Array, " S"]:
-        """The logits of states that left the last layer."""
+        """Return the logits of states that left the last layer."""
         return einsum("SD,D->S", self.norm(x), self.head[...])
 
     def __call__(self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None) -> Float32[Array, " S"]:

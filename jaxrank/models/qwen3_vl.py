@@ -1,9 +1,9 @@
 """Qwen3-VL with one float32 vector as its head: Qwen3-VL-Reranker 2B and 8B.
 
-Qwen Team 2025, "Qwen3-VL Technical Report"; the computation is that of transformers' Qwen3VLForConditionalGeneration
+Qwen Team 2025, "Qwen3-VL Technical Report". The computation is that of transformers' Qwen3VLForConditionalGeneration
 read at the last token, with the head of Qwen3-Reranker. The text model is Qwen3's with positions in three dimensions.
-What the vision tower makes of a media token stands in the place of its word, and the first layers add more to it (Meng
-et al. 2024, "DeepStack").
+The vision tower's features of a media token stand in the place of its word. The first layers add more features to it
+(Meng et al. 2024, "DeepStack").
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from jaxrank.models.vision import Vision, VisionConfig
 from jaxrank.types import AttentionShape, Config, Packed
 
 PUBLISHED_LENGTH = 10_240
-"""The publisher's own longest prompt, in tokens. The models' position limit is far above."""
+"""The longest prompt of the publisher, in tokens. The models' position limit is far above."""
 
 PUBLISHED_SECTIONS = (24, 20, 20)
 
 
 @dataclass(frozen=True)
 class Qwen3VLConfig:
-    """sections: how many rotary frequencies turn by time, height and width."""
+    """The settings of the model.
+
+    Attributes:
+        sections: the numbers of rotary frequencies that turn by time, height and width.
+    """
 
     text: Qwen3Config
     vision: VisionConfig
@@ -63,7 +67,11 @@ class Qwen3VLConfig:
 
     @classmethod
     def read(cls, config: Config) -> Qwen3VLConfig:
-        """From config.json, old or new; what would change the result and is not implemented is refused by name."""
+        """Read an old or new config.json.
+
+        Raises:
+            UnsupportedError: a field has a value that would change the result and is not implemented.
+        """
         tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
         text = Qwen3Config.read({**config["text_config"], **tied})
         vision = VisionConfig.read(config["vision_config"])
@@ -90,12 +98,14 @@ class Qwen3VLConfig:
 
 
 class Qwen3VL(nnx.Module):
-    """A packed row in, one float32 logit a slot out: logit("yes") - logit("no") at the slot's token.
+    """The model: a packed row in, one float32 logit for each slot out.
 
-    Rows of text alone (media None, positions [T]) run through the same layers with nothing added. Numbers are kept as
-    in Qwen3. `implementation` is that of kernels.attention. `vision` makes the features of the rows' media tokens; it
-    has programs of its own and no part in this one, so who compiles this one takes it away first (see
-    scoring.take_tower).
+    The logit is logit("yes") - logit("no") at the slot's token. Rows of text alone (media None, positions [T]) run
+    through the same layers with nothing added. The dtypes are those of Qwen3. `implementation` is that of
+    kernels.attention.
+
+    `vision` makes the features of the rows' media tokens. It has programs of its own and is no part of this one. So
+    take it away before you compile this program (see programs.take_tower).
     """
 
     causal = True
@@ -119,14 +129,16 @@ class Qwen3VL(nnx.Module):
         return rotary(batch.positions, text.head_size, text.theta, self.config.sections)
 
     def token_embeddings(self, batch: Packed) -> Float32[Array, "T D"]:
-        """The rows of the table of words, for media tokens too, in whose place features will stand."""
+        """Return the rows of the word table, for media tokens too. Features will take the place of the latter."""
         return table_rows(self.word[...], batch.tokens, self.implementation)
 
     def embed(
         self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None
     ) -> tuple[Float32[Array, "T D"], tuple[Any, ...]]:
-        """The residual stream after the layers that add features, and what every layer takes besides. embeddings:
-        instead of token_embeddings."""
+        """Return the residual stream after the layers that add features, and the other arguments of every layer.
+
+        `embeddings` are used instead of token_embeddings.
+        """
         x, added = self.token_embeddings(batch) if embeddings is None else embeddings, None
         if batch.media is not None:
             here, features = batch.media.here, jnp.asarray(batch.media.features)
@@ -136,11 +148,11 @@ class Qwen3VL(nnx.Module):
         return run_layers(self.adding, x, *shared, added=added), shared
 
     def finish(self, x: Float32[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
-        """The last layer, at the scored rows alone, and the head."""
+        """Compute the last layer, at the scored rows only, and the head."""
         return self.classify(self.last(x, batch.score_layout, self._rotary(batch), batch.score_at))
 
     def classify(self, x: Float32[Array, "S D"]) -> Float32[Array, " S"]:
-        """The logits of states that left the last layer."""
+        """Return the logits of states that left the last layer."""
         return einsum("SD,D->S", self.norm(x), self.head[...])
 
     def __call__(self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None) -> Float32[Array, " S"]:

@@ -1,9 +1,9 @@
 """The vision tower of Qwen3-VL: patches of images and video steps in, features of media tokens out.
 
-Qwen Team 2025, "Qwen3-VL Technical Report"; the computation is that of transformers' Qwen3VLVisionModel. A learned
-table of positions is read between its entries, heads are turned by row and column, and a patch sees the patches of its
-own image or video step. Blocks of merge x merge patches become one token: after the last layer, and after some earlier
-ones for the first text layers (Meng et al. 2024, "DeepStack").
+Qwen Team 2025, "Qwen3-VL Technical Report". The computation is that of transformers' Qwen3VLVisionModel. A learned
+table of positions is read between its entries. Heads are turned by row and column. A patch sees the patches of its own
+image or video step. Blocks of merge x merge patches become one token. This is done after the last layer, and after some
+earlier layers for the first text layers (Meng et al. 2024, "DeepStack").
 """
 
 from __future__ import annotations
@@ -40,13 +40,21 @@ from jaxrank.models.layers import (
 from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, PatchRow
 
 EPS = 1e-6
-"""Of every norm of the tower; config.json does not say it."""
+"""The eps of every norm of the tower. config.json does not give it."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """layers: of the whole tower. deepstack: after which of them, counted from 0, features are taken. side: rows and
-    columns of the position table. out_width: the text model's width. channels, steps: of a patch's values."""
+    """The settings of the tower.
+
+    Attributes:
+        layers: the number of layers of the whole tower.
+        deepstack: the layers, counted from 0, after which features are taken.
+        side: the number of rows and of columns of the position table.
+        out_width: the text model's width.
+        channels: the channels of a patch's values.
+        steps: the frames of a patch's values.
+    """
 
     width: int
     layers: int
@@ -71,23 +79,26 @@ class VisionConfig:
 
     @property
     def values(self) -> int:
-        """E, the values of a patch: channels, frames, rows, columns."""
+        """E, the number of values of a patch: channels, frames, rows, columns."""
         return self.channels * self.steps * self.patch**2
 
     @property
     def stages(self) -> list[tuple[int, int]]:
-        """The first layer of each stage, and the one after its last: features are taken where a stage ends."""
+        """The first layer of each stage, and the layer after its last. Features are taken where a stage ends."""
         return list(pairwise([0, *(i + 1 for i in self.deepstack), self.layers]))
 
     @property
     def features(self) -> int:
-        """U, the feature vectors of a media token."""
+        """U, the number of feature vectors of a media token."""
         return 1 + len(self.deepstack)
 
     @classmethod
     def read(cls, config: Config) -> VisionConfig:
-        """From the vision_config of config.json; what would change the result and is not implemented is refused by
-        name."""
+        """Read the vision_config of config.json.
+
+        Raises:
+            UnsupportedError: a field has a value that would change the result and is not implemented.
+        """
         width, heads, depth = config["hidden_size"], config["num_heads"], config["depth"]
         entries, deepstack = config["num_position_embeddings"], tuple(config["deepstack_visual_indexes"])
         side = math.isqrt(entries)
@@ -121,7 +132,7 @@ class VisionConfig:
 
 
 class Attention(nnx.Module):
-    """Queries, keys and values in one kernel, as they are published; queries and keys are turned."""
+    """Attention with queries, keys and values in one kernel, as they are published. Queries and keys are turned."""
 
     def __init__(self, config: VisionConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         wide, size = config.width, config.head_size
@@ -132,7 +143,7 @@ class Attention(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "P D"], layout: Layout, rotary: Rotary) -> Float32[Array, "P D"]:
-        """x plus what its rows draw from each other, in a long row a few heads at a time."""
+        """Return x plus the attention among its rows. In a long row a few heads are computed at a time."""
         size, asking = self.size, x
         how: Any = dict(used=layout.used, implementation=self.implementation)
 
@@ -154,7 +165,7 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Pre-norm transformer layer that looks both ways."""
+    """Pre-norm transformer layer in which attention goes in both directions."""
 
     def __init__(self, config: VisionConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
@@ -177,9 +188,9 @@ class Layer(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """Blocks of patches that stand together become one vector of the text model's width.
+    """Merge blocks of patches that stand together into one vector of the text model's width.
 
-    The norm is over each patch for the main features, over the whole block for deepstack's.
+    The norm is over each patch for the main features, and over the whole block for the features of deepstack.
     """
 
     def __init__(
@@ -199,7 +210,7 @@ class Merger(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "P D"], used: ArrayLike) -> Float[Array, "R out"]:
-        """R = P / merge^2 vectors in the matrices' dtype; used: how many patches are no filler."""
+        """Return R = P / merge^2 vectors in the matrices' dtype. `used` is the number of patches without filler."""
 
         def some(_: Array, blocks: Array) -> Array:
             normed = self.norm(blocks.reshape(-1, len(self.norm.scale))).reshape(blocks.shape)
@@ -211,12 +222,14 @@ class Merger(nnx.Module):
 
 
 class Vision(nnx.Module):
-    """A row of P patches in; out [P / merge^2, U, D of the text model], in the dtype of the matrices, as word
-    embeddings are: first what stands in a word's place, then what the first text layers add.
+    """The tower: a row of P patches in, features [P / merge^2, U, D of the text model] out.
 
-    Matrices and what is multiplied with them are in `dtype`; the residual stream, norms, biases and everything summed
-    are float32. `implementation` is that of kernels.attention. A stage is the layers up to one whose output is merged:
-    stages can be stacked one by one (see layers.stack).
+    The features are in the dtype of the matrices, as word embeddings are. The first feature stands in a word's place.
+    The first text layers add the others.
+
+    Matrices and what is multiplied with them are in `dtype`. The residual stream, norms, biases and all sums are
+    float32. `implementation` is that of kernels.attention. A stage is the layers up to one whose output is merged.
+    Stages can be stacked one by one (see layers.stack).
     """
 
     def __init__(
@@ -239,7 +252,7 @@ class Vision(nnx.Module):
         self.merger = Merger(config, dtype, rngs, implementation, norm_block=False)
 
     def embed(self, row: PatchRow) -> tuple[Float32[Array, "P D"], tuple[Any, ...]]:
-        """The first layer's input, and what every layer takes besides."""
+        """Return the first layer's input, and the other arguments of every layer."""
 
         def some(_: Array, pixels: Array, corners: Array, weights: Array) -> Array:
             x = einsum("PE,DE->PD", pixels.astype(self.patch.dtype), self.patch[...]) + self.patch_bias[...]

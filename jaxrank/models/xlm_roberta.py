@@ -1,6 +1,6 @@
 """XLM-RoBERTa cross-encoder with one label: bge-reranker-base, -large, -v2-m3, and the built-in model.
 
-Conneau et al. 2019, "Unsupervised Cross-lingual Representation Learning at Scale"; the computation is that of
+Conneau et al. 2019, "Unsupervised Cross-lingual Representation Learning at Scale". The computation is that of
 transformers' XLMRobertaForSequenceClassification, on packed rows instead of padded batches.
 """
 
@@ -37,6 +37,8 @@ from jaxrank.types import ArrayLike, AttentionShape, Config, Layout, Packed
 
 @dataclass(frozen=True)
 class XLMRobertaConfig:
+    """The settings of the model."""
+
     vocab_size: int
     width: int
     layers: int
@@ -48,7 +50,10 @@ class XLMRobertaConfig:
 
     @property
     def max_length(self) -> int:
-        """Positions count from pad_id + 1, so that many rows of the table are never reached."""
+        """The most tokens of a pair.
+
+        Positions count from pad_id + 1, so the rows of the table before that are never used.
+        """
         return self.position_rows - self.pad_id - 1
 
     @property
@@ -61,7 +66,11 @@ class XLMRobertaConfig:
 
     @classmethod
     def read(cls, config: Config) -> XLMRobertaConfig:
-        """From config.json; a field whose value would change the result and is not implemented is refused by name."""
+        """Read config.json.
+
+        Raises:
+            UnsupportedError: a field has a value that would change the result and is not implemented.
+        """
         refuse(
             {
                 "hidden_act": (config.get("hidden_act", "gelu"), "gelu"),
@@ -91,7 +100,7 @@ class XLMRobertaConfig:
 
 
 class Attention(nnx.Module):
-    """Queries, keys and values are one product."""
+    """Attention with queries, keys and values in one product."""
 
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         wide, size = config.width, config.width // config.heads
@@ -101,7 +110,7 @@ class Attention(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float32[Array, "R D"], row: Float[Array, "T D"], layout: Layout) -> Float32[Array, "R D"]:
-        """x plus what its rows draw from `row`, in a long row a few heads at a time."""
+        """Return x plus the attention of its rows over `row`. In a long row a few heads are computed at a time."""
         size, asking = self.size, x
         how: Any = dict(used=layout.used, implementation=self.implementation)
 
@@ -128,7 +137,7 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Post-norm transformer layer: the residual is added, then normalised."""
+    """Post-norm transformer layer: the residual is added, and the sum is normalised."""
 
     def __init__(self, config: XLMRobertaConfig, dtype: DTypeLike, rngs: nnx.Rngs | None, implementation: str | None):
         self.attention = Attention(config, dtype, rngs, implementation)
@@ -139,25 +148,27 @@ class Layer(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float[Array, "T D"], layout: Layout, rows: ArrayLike | None = None) -> Float[Array, "R D"]:
-        """All rows of x, or those at `rows` alone (the last layer needs no others); `layout` must match them."""
+        """Compute all rows of x, or only those at `rows`, because the last layer needs no others.
+
+        `layout` must match these rows.
+        """
         mine = x if rows is None else x[rows]
         return in_runs(
             self.feed_forward, self.attention(mine, x, layout), used=layout.used, implementation=self.implementation
         )
 
     def feed_forward(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
-        """The rest of the layer, from the sum that attention leaves."""
+        """Compute the rest of the layer, from the sum after attention."""
         x = self.attention_norm(x)
         inner = gelu(self.up.rounded(x, self.implementation)).astype(self.down.kernel.dtype)
         return self.norm(self.down.add_to(x, apart(inner, self.implementation)))
 
 
 class XLMRoberta(nnx.Module):
-    """A packed row in, one float32 logit a slot out.
+    """The model: a packed row in, one float32 logit for each slot out.
 
-    Matrices and what is multiplied with them are in `dtype`; the residual stream, norms, biases, the classifier and
-    everything summed are float32.
-    `implementation` is that of kernels.attention; gradients need "dense".
+    Matrices and what is multiplied with them are in `dtype`. The residual stream, norms, biases, the classifier and all
+    sums are float32. `implementation` is that of kernels.attention. Gradients need "dense".
     """
 
     causal = False
@@ -177,13 +188,16 @@ class XLMRoberta(nnx.Module):
         self.head = Projection(config.width, 0, jnp.float32, rngs)
 
     def token_embeddings(self, batch: Packed) -> Float32[Array, "T D"]:
-        """The rows of the table of words."""
+        """Return the rows of the word table."""
         return table_rows(self.word[...], batch.tokens, self.implementation)
 
     def embed(
         self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None
     ) -> tuple[Float[Array, "T D"], tuple[Layout]]:
-        """The first layer's input, and what every layer takes besides. embeddings: instead of token_embeddings."""
+        """Return the first layer's input, and the other arguments of every layer.
+
+        `embeddings` are used instead of token_embeddings.
+        """
         word = self.token_embeddings(batch) if embeddings is None else embeddings
         position = table_rows(self.position[...], batch.positions + self.config.pad_id + 1, self.implementation)
         x = in_runs(
@@ -195,11 +209,11 @@ class XLMRoberta(nnx.Module):
         return x, (batch.layout,)
 
     def finish(self, x: Float[Array, "T D"], batch: Packed) -> Float32[Array, " S"]:
-        """The last layer, at the scored rows alone, and the classifier."""
+        """Compute the last layer, at the scored rows only, and the classifier."""
         return self.classify(self.last(x, batch.score_layout, batch.score_at))
 
     def classify(self, x: Float[Array, "S D"]) -> Float32[Array, " S"]:
-        """The logits of states that left the last layer."""
+        """Return the logits of states that left the last layer."""
         return self.head(jax.nn.tanh(self.dense(x)))
 
     def __call__(self, batch: Packed, embeddings: Float32[Array, "T D"] | None = None) -> Float32[Array, " S"]:

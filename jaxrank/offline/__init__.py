@@ -1,1 +1,1 @@
-"""Reranking files: corpora larger than memory, runs that can be interrupted, and measures of what came out."""
+"""Reranks files: corpora larger than memory, runs that can be interrupted, and measures of the results."""

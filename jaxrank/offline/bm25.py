@@ -1,4 +1,4 @@
-"""A first run by BM25, for collections that come without one. Needs bm25s, and memory for the whole corpus."""
+"""A first run by BM25, for collections that have none. It needs bm25s, and memory for the whole corpus."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from jaxrank.offline.trec import write_run_line
 
 
 def write_bm25_run(corpus: Path, queries: Mapping[str, str], run: Path, *, depth: int, progress: bool = True) -> None:
-    """Write the `depth` best documents of each query (Lucene's BM25, k1 1.5, b 0.75, English stop words left out).
+    """Write the `depth` best documents of each query (Lucene's BM25, k1 1.5, b 0.75, without English stop words).
 
-    Lines that are no documents are left out. Raises RequestError without bm25s.
+    Lines that are not documents are left out.
+
+    Raises:
+        RequestError: bm25s is not installed, or the corpus has no documents.
     """
     try:
         import bm25s

@@ -1,4 +1,4 @@
-"""Documents by id from a corpus that may be larger than memory: offsets into its file, kept in SQLite."""
+"""Documents by id from a corpus that may be larger than memory. The offsets into its file are kept in SQLite."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ ID_FIELDS, TEXT_FIELDS = ("_id", "id", "docid", "doc_id"), ("text", "contents", 
 
 
 class Corpus:
-    """A JSON Lines file of BEIR's form, `{"_id": "...", "title": "...", "text": "..."}`; title may be missing.
+    """A JSON Lines file in the form of BEIR, `{"_id": "...", "title": "...", "text": "..."}`. The title may be missing.
 
-    Indexed once into `index`, a table of a database that the caller keeps, at 40 to 60 bytes a document.
+    The file is indexed once into `index`, a table of a database that the caller keeps. It takes 40 to 60 bytes a
+    document.
     """
 
     def __init__(self, path: Path, index: sqlite3.Connection) -> None:
@@ -26,7 +27,12 @@ class Corpus:
         self.file: Any = None
 
     def build(self, bad: BadRows, *, progress: bool) -> None:
-        """Index the file. Raises RequestError if it cannot be read, BadRow as `bad` says."""
+        """Index the file.
+
+        Raises:
+            RequestError: the file cannot be read.
+            BadRow: a line is bad, and `bad` does not skip it.
+        """
         insert = "INSERT OR IGNORE INTO corpus VALUES (?, ?)"
         self.index.execute("CREATE TABLE corpus (id TEXT PRIMARY KEY, at INTEGER) WITHOUT ROWID")
         try:
@@ -46,11 +52,16 @@ class Corpus:
         self.index.commit()
 
     def has(self, identity: str) -> bool:
-        """Whether there is such a document."""
+        """Return whether there is such a document."""
         return self.index.execute("SELECT 1 FROM corpus WHERE id = ?", (identity,)).fetchone() is not None
 
     def text(self, identity: str) -> str:
-        """Title and text of a document. KeyError if there is none."""
+        """Return the title and text of a document.
+
+        Raises:
+            KeyError: there is no such document.
+            RequestError: the file has changed since it was indexed.
+        """
         found = self.index.execute("SELECT at FROM corpus WHERE id = ?", (identity,)).fetchone()
         if found is None:
             raise KeyError(identity)
@@ -69,7 +80,10 @@ class Corpus:
 
 
 def entry(line: bytes) -> tuple[str, str] | str:
-    """Id and text of a line of a corpus, or of queries in the same form; or what is wrong with it."""
+    """Return the id and text of a line, or what is wrong with it.
+
+    The line is of a corpus, or of queries in the same form.
+    """
     row = json_object(line)
     if isinstance(row, str):
         return row
@@ -80,7 +94,7 @@ def entry(line: bytes) -> tuple[str, str] | str:
 
 
 def identity_of(row: dict[str, Any]) -> str | None:
-    """The id of a document or query: text without spaces, or a number."""
+    """Return the id of a document or query: text without spaces, or a number."""
     value = next((row[name] for name in ID_FIELDS if row.get(name) is not None), None)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -89,7 +103,7 @@ def identity_of(row: dict[str, Any]) -> str | None:
 
 
 def document_text(row: dict[str, Any]) -> str | None:
-    """Title and text, as BEIR joins them."""
+    """Return title and text, joined as in BEIR."""
     text = next((row[name] for name in TEXT_FIELDS if row.get(name) is not None), None)
     title = row.get("title")
     body, head = text_of(text), "" if title is None else text_of(title)
@@ -97,7 +111,12 @@ def document_text(row: dict[str, Any]) -> str | None:
 
 
 def read_queries(path: Path, bad: BadRows) -> dict[str, str]:
-    """Texts of queries by id: JSON Lines of `{"_id": "...", "text": "..."}`, or `id<tab>text`."""
+    """Return the texts of queries by id. The file has JSON Lines of `{"_id": "...", "text": "..."}`, or `id<tab>text`.
+
+    Raises:
+        RequestError: the file has no queries, or cannot be read.
+        BadRow: a line is bad, and `bad` does not skip it.
+    """
     queries: dict[str, str] = {}
     for number, _, line in lines(path):
         if line.lstrip().startswith(b"{"):

@@ -1,4 +1,4 @@
-"""Output that survives kill -9: what is written so far, and from where to go on."""
+"""Output that survives kill -9: it records what is written so far, and where to continue."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from jaxrank.errors import RequestError
 class Journal:
     """An output file that is written piece by piece, beside its state: OUTPUT.part and OUTPUT.journal.
 
-    A piece counts once the journal names it, after it has reached the disk; what lies behind it is cut off at the next
-    start. `done` and `notes` are the caller's. Raises RequestError where the journal is of other work.
+    The journal names a piece after the piece has reached the disk, and only then it counts. What lies behind it is cut
+    off at the next start. `done` and `notes` are the caller's.
+
+    Raises:
+        RequestError: the journal is of other work.
     """
 
     def __init__(self, output: Path, work: Mapping[str, Any]) -> None:
@@ -50,7 +53,7 @@ class Journal:
             )
 
     def add(self, piece: bytes, done: int, **notes: Any) -> None:
-        """Write a piece, and that `done` is done with it."""
+        """Write a piece, and record that the work is done up to `done`."""
         self.file.write(piece)
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -60,7 +63,7 @@ class Journal:
         self.save()
 
     def save(self) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state. It is written completely or not at all."""
         state = {"work": self.work, "done": self.done, "bytes": self.bytes, "notes": self.notes}
         new = self.path.with_name(self.path.name + ".new")
         with new.open("w", encoding="utf-8") as file:
@@ -70,17 +73,17 @@ class Journal:
         new.replace(self.path)
 
     def finish(self) -> None:
-        """All is written: the output gets its name, and the journal goes."""
+        """End the work: the output gets its name, and the journal is removed."""
         self.file.close()
         self.part.replace(self.output)
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave it as it is, to go on another time."""
+        """Leave the files as they are, to continue another time."""
         self.file.close()
 
 
 def forget(output: Path) -> None:
-    """Throw away what an interrupted run has left."""
+    """Remove what an interrupted run has left."""
     for suffix in (".part", ".journal", ".journal.new", ".index"):
         output.with_name(output.name + suffix).unlink(missing_ok=True)

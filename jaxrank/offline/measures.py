@@ -1,4 +1,4 @@
-"""How good runs are: measures by ir-measures, and how sure the differences are."""
+"""The quality of runs: measures by ir-measures, and how certain their differences are."""
 
 from __future__ import annotations
 
@@ -21,8 +21,15 @@ Run = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One run. mean, values: by measure, the latter of every judged query in `queries`' order, 0 for those that the run
-    lacks. p: of a paired two-sided t-test against the first run, None for that itself and where nothing differs."""
+    """The evaluation of one run.
+
+    Attributes:
+        mean: the mean of each measure.
+        values: by measure, the value of every judged query, in the order of `queries`. It is 0 for queries that the run
+            does not have.
+        p: the p-value of a paired two-sided t-test against the first run. It is None for the first run, and if nothing
+            differs.
+    """
 
     name: str
     mean: dict[str, float]
@@ -31,7 +38,11 @@ class Evaluation:
 
 
 def load_run(path: Path) -> Run:
-    """A TREC run. RequestError with the line of what is none."""
+    """Read a TREC run.
+
+    Raises:
+        RequestError: the file is not a run. The message has the line.
+    """
     scores: Run = {}
     for line, query, document, score in read_run(path, BadRows(skip=False)):
         of_query = scores.setdefault(query, {})
@@ -44,7 +55,11 @@ def load_run(path: Path) -> Run:
 
 
 def parse_measures(names: Sequence[str]) -> list[Any]:
-    """ir-measures' objects. RequestError names what is no measure."""
+    """Return ir-measures' objects for these names.
+
+    Raises:
+        RequestError: a name is no measure, or ir-measures is not installed.
+    """
     try:
         import ir_measures
     except ImportError:
@@ -61,9 +76,12 @@ def parse_measures(names: Sequence[str]) -> list[Any]:
 def evaluate(
     runs: Mapping[str, Run], qrels: Path, names: Sequence[str] = MEASURES
 ) -> tuple[list[str], list[Evaluation]]:
-    """The judged queries, and what each run is worth, in order; averages are over all judged queries, as trec_eval -c.
+    """Return the judged queries, and the evaluation of each run, in order.
 
-    Raises RequestError where a run has none of them.
+    Averages are over all judged queries, as in trec_eval -c.
+
+    Raises:
+        RequestError: a run has none of the judged queries.
     """
     import ir_measures
     from scipy.stats import ttest_rel
@@ -91,7 +109,11 @@ def evaluate(
 
 
 def plot(evaluations: Sequence[Evaluation], runs: Mapping[str, Run], qrels: Path, output: Path) -> None:
-    """Measures as bars, and the scores of judged documents by relevance for each run, as an image file."""
+    """Draw measures as bars, and the scores of judged documents by relevance for each run, into an image file.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,5 +1,7 @@
-"""Files in, a ranking of each query out, in pieces that depend on nothing but the input: an interrupted run goes on
-and ends with the same bytes."""
+"""Files in, a ranking of each query out, in pieces that depend only on the input.
+
+So an interrupted run continues and ends with the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,19 @@ from jaxrank.offline.journal import Journal
 from jaxrank.offline.sources import Job, Source, stamp
 from jaxrank.offline.trec import write_run_line
 from jaxrank.reranker import Reranker, sigmoid
+from jaxrank.text.windows import best_of, span_of
 from jaxrank.types import Encoded
-from jaxrank.windows import best_of, span_of
 
 T = TypeVar("T")
 
 BATCH_ROWS = 16
-"""Usual rows in a batch, unless its tokens are said: the last one of each is not full."""
+"""The usual number of rows in a batch, if its tokens are not given. The last row of each batch is not full."""
 
 Spans = Sequence[tuple[int, int] | None]
-"""The characters of each document that its score is of; None for all, where documents are not split."""
+"""The characters of each document that its score is of. None means all, if documents are not split."""
 
 Write = Callable[[Job, np.ndarray, Spans], str]
-"""A job's ranking, from its documents' logits."""
+"""A function that writes a job's ranking, from its documents' logits."""
 
 
 def rerank(
@@ -43,11 +45,24 @@ def rerank(
     work: dict[str, Any],
     progress: bool = True,
 ) -> int:
-    """Rank all jobs of `source` into `output`; returns how many pairs were scored now.
+    """Rank all jobs of `source` into `output`.
 
-    batch_tokens: tokens that are packed together, by default BATCH_ROWS full; more pack tighter.
-    long_document: as Reranker.score takes it. work: what the result
-    depends on besides the files, to refuse going on with anything else. Raises RequestError.
+    Args:
+        reranker: the model.
+        source: the jobs.
+        output: the output file.
+        write: the form of the output.
+        batch_tokens: the tokens that are packed together. The default fills BATCH_ROWS rows. More tokens are packed
+            with less filler.
+        long_document: as in Reranker.score.
+        work: what the result depends on in addition to the files. A run with anything else is refused.
+        progress: whether a progress bar is shown.
+
+    Returns:
+        The number of pairs that were scored now.
+
+    Raises:
+        RequestError: the journal is of other work, or a file cannot be read.
     """
     batch_tokens = batch_tokens or BATCH_ROWS * reranker.row_tokens
     files = {str(path): stamp(path) for path in source.files}
@@ -84,7 +99,7 @@ def rerank(
 
 
 def batches(encoded: Iterable[tuple[T, list[Encoded]]], batch_tokens: int) -> Iterator[list[tuple[T, list[Encoded]]]]:
-    """Whole jobs with their tokenised pairs, as many as come to batch_tokens."""
+    """Yield whole jobs with their tokenised pairs, as many as reach batch_tokens."""
     taken: list[tuple[T, list[Encoded]]] = []
     tokens = 0
     for job, pairs in encoded:
@@ -98,7 +113,7 @@ def batches(encoded: Iterable[tuple[T, list[Encoded]]], batch_tokens: int) -> It
 
 
 def score(reranker: Reranker, batch: Sequence[tuple[T, list[Encoded]]]) -> Iterator[tuple[T, np.ndarray]]:
-    """The jobs of a batch with the logits of their pairs, all of them scored together."""
+    """Yield the jobs of a batch with the logits of their pairs. All pairs are scored together."""
     logits = reranker.score_encoded([pair for _, pairs in batch for pair in pairs])
     ends = np.cumsum([len(pairs) for _, pairs in batch])
     for (job, _), own in zip(batch, np.split(logits, ends[:-1]), strict=True):
@@ -106,7 +121,7 @@ def score(reranker: Reranker, batch: Sequence[tuple[T, list[Encoded]]]) -> Itera
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same, the next one made on a thread while the last is used."""
+    """Yield the same items. The next one is made on a thread while the last is used."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(lambda: list(islice(items, 1)))
         while one := coming.result():
@@ -115,7 +130,10 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def as_trec(tag: str) -> Write:
-    """Lines of a TREC run, whose scores are logits, since probabilities near 1 would be ties."""
+    """Return a function that writes lines of a TREC run.
+
+    Their scores are logits, because probabilities near 1 would be ties.
+    """
 
     def write(job: Job, logits: np.ndarray, spans: Spans) -> str:
         order = np.argsort(-logits, kind="stable").tolist()
@@ -127,8 +145,10 @@ def as_trec(tag: str) -> Write:
 
 
 def as_jsonl(job: Job, logits: np.ndarray, spans: Spans) -> str:
-    """One JSON object: id, query, and results by falling score, which are probabilities; where documents were split,
-    with the window of each."""
+    """Return one JSON object: id, query, and results by falling score.
+
+    The scores are probabilities. If documents were split, each result has its window.
+    """
     scores = sigmoid(logits).tolist()
     results: list[dict[str, Any]] = []
     for i in np.argsort(-logits, kind="stable").tolist():

@@ -1,4 +1,4 @@
-"""Lines of files that strangers made: what is wrong with one is said by file and line."""
+"""Lines of files from any source. A message about a bad line has its file and number."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ SHOWN = 20
 
 
 class BadRow(RequestError):
-    """A line that cannot be used."""
+    """A line cannot be used."""
 
 
 @dataclass
 class BadRows:
-    """What becomes of bad rows: the first one ends the work, or with `skip` the first few are told and all counted."""
+    """How bad rows are handled.
+
+    The first one ends the work. With `skip` the first few are printed and all are counted.
+    """
 
     skip: bool
     count: int = 0
 
     def add(self, path: Path, line: int, what: str) -> None:
-        """Raises BadRow unless bad rows are skipped."""
+        """Handle one bad row.
+
+        Raises:
+            BadRow: bad rows are not skipped.
+        """
         said = f"{path} line {line}: {what}"
         if not self.skip:
             raise BadRow(f"{said}; mend it, or leave such rows out with --skip-bad")
@@ -38,9 +45,12 @@ class BadRows:
 
 
 def lines(path: Path, start: int = 0) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset in bytes and content of each line that is not blank, from the offset `start` on.
+    """Yield the number (from 1), the offset in bytes and the content of each line that is not blank.
 
-    Raises RequestError if the file cannot be read. Line numbers count from `start`.
+    It begins at the offset `start`, and line numbers count from there.
+
+    Raises:
+        RequestError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -55,7 +65,7 @@ def lines(path: Path, start: int = 0) -> Iterator[tuple[int, int, bytes]]:
 
 
 def json_object(line: bytes) -> dict[str, Any] | str:
-    """The JSON object in a line, or what is wrong with it."""
+    """Return the JSON object in a line, or what is wrong with it."""
     try:
         value = json.loads(line)
     except UnicodeDecodeError as error:
@@ -66,7 +76,7 @@ def json_object(line: bytes) -> dict[str, Any] | str:
 
 
 def text_of(value: Any) -> str | None:
-    """A text that a tokenizer can read, or None."""
+    """Return a text that a tokenizer can read, or None."""
     if not isinstance(value, str):
         return None
     try:

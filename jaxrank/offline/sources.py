@@ -1,5 +1,7 @@
-"""What is to be reranked: a run over a corpus, or requests with their documents in them. All of it is looked through
-before anything is scored, so that bad rows are found at once."""
+"""What to rerank: a run over a corpus, or requests with their documents in them.
+
+All of it is checked before anything is scored, so that bad rows are found at once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from jaxrank.offline.trec import read_run
 
 
 def stamp(path: Path) -> list[int]:
-    """Size and time of a file, by which it is known again. RequestError if it cannot be read."""
+    """Return the size and time of a file, by which it is recognised later.
+
+    Raises:
+        RequestError: the file cannot be read.
+    """
     try:
         found = path.stat()
     except OSError as error:
@@ -27,7 +33,7 @@ def stamp(path: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class Job:
-    """A query with its candidates. after: where the next job begins, for `Source.jobs`."""
+    """A query with its candidates. `after` is where the next job begins, for `Source.jobs`."""
 
     id: str
     query: str
@@ -37,7 +43,7 @@ class Job:
 
 
 class Source(Protocol):
-    """Jobs in a fixed order, from any of them on."""
+    """Jobs in a fixed order. They can start at any of them."""
 
     @property
     def pairs(self) -> int: ...
@@ -48,10 +54,16 @@ class Source(Protocol):
 
 
 class RunSource:
-    """The `depth` best candidates of every query of a run, best first; equals in the order of the file.
+    """The `depth` best candidates of every query of a run, best first. Equal ones are in the order of the file.
 
-    index: a database file that is made, or found finished from an interrupted start of the same work. bad: of all
-    three files. only: queries that count, by default all.
+    Args:
+        index: a database file. It is made, or a finished one from an interrupted start of the same work is used.
+        bad: how bad rows of all three files are handled.
+        only: the queries that count. The default is all.
+
+    Raises:
+        RequestError: a file cannot be read, or there are no candidates.
+        BadRow: a row is bad, and `bad` does not skip it.
     """
 
     def __init__(
@@ -69,7 +81,7 @@ class RunSource:
         self.files = [run, corpus, queries]
         self.depth = depth
         self.database = sqlite3.connect(index, check_same_thread=False)  # jobs are read on a thread
-        # what is lost by a crash is made again: the table `finished` comes last
+        # What is lost by a crash is made again, because the table `finished` comes last.
         self.database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -32000")
         self.corpus = Corpus(corpus, self.database)
         signature = json.dumps([[str(path), *stamp(path)] for path in self.files] + [bad.skip, sorted(only or ())])
@@ -88,7 +100,7 @@ class RunSource:
             raise RequestError(f"{run}: no candidates")
 
     def _finished(self) -> str | None:
-        """Of what the database is the finished index."""
+        """Return what the database is the finished index of."""
         try:
             return self.database.execute("SELECT signature FROM finished").fetchone()[0]
         except sqlite3.DatabaseError:
@@ -118,7 +130,11 @@ class RunSource:
                 bad.add(run, line, f"document {document} is there twice for query {query}")
 
     def jobs(self, start: int = 0) -> Iterator[Job]:
-        """From query number `start` on. A document that cannot be read any more raises RequestError."""
+        """Yield the jobs from query number `start` on.
+
+        Raises:
+            RequestError: a document cannot be read any more.
+        """
         best = "SELECT document FROM candidates WHERE query = ? ORDER BY score DESC, line LIMIT ?"
         number = start
         while row := self.database.execute("SELECT id, text FROM queries WHERE number = ?", (number,)).fetchone():
@@ -133,9 +149,14 @@ class RunSource:
 
 
 class RequestSource:
-    """JSON Lines of {"_id": "...", "query": "...", "documents": [...]}; without an id it is the line's offset in bytes.
+    """JSON Lines of {"_id": "...", "query": "...", "documents": [...]}. Without an id the line's offset in bytes is
+    used.
 
-    Documents are strings or objects as in a corpus, at most `depth` of each request count. Places are offsets.
+    Documents are strings or objects as in a corpus. At most `depth` of each request count. Places are offsets.
+
+    Raises:
+        RequestError: the file cannot be read, or there is nothing to rank.
+        BadRow: a row is bad, and `bad` does not skip it.
     """
 
     def __init__(self, path: Path, *, depth: int, bad: BadRows) -> None:
@@ -153,7 +174,7 @@ class RequestSource:
             raise RequestError(f"{path}: nothing to rank")
 
     def jobs(self, start: int = 0) -> Iterator[Job]:
-        """From the line at the offset `start` on."""
+        """Yield the jobs from the line at the offset `start` on."""
         for _, offset, line in lines(self.path, start):
             job = self._job(line, offset)
             if not isinstance(job, str):
@@ -177,4 +198,4 @@ class RequestSource:
         return Job(identity_of(row) or str(offset), query, ids, texts, offset + len(line))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because no file is open."""

@@ -1,4 +1,4 @@
-"""Files of TREC: runs (`query Q0 document rank score tag`) and relevance judgements, also in BEIR's form."""
+"""Files of TREC: runs (`query Q0 document rank score tag`) and relevance judgements, also in the form of BEIR."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from jaxrank.offline.rows import BadRows, lines
 
 
 def read_run(path: Path, bad: BadRows) -> Iterator[tuple[int, str, str, float]]:
-    """Line number, query, document and score of every line. Ranks are not read, as trec_eval does not read them."""
+    """Yield the line number, query, document and score of every line. Ranks are not read, as in trec_eval.
+
+    Raises:
+        RequestError: the file cannot be read.
+        BadRow: a line is bad, and `bad` does not skip it.
+    """
     for number, _, line in lines(path):
         fields = line.decode("utf-8", "replace").split()
         try:
@@ -27,14 +32,17 @@ def read_run(path: Path, bad: BadRows) -> Iterator[tuple[int, str, str, float]]:
 
 
 def write_run_line(query: str, document: str, rank: int, score: float, tag: str) -> str:
-    """One line; nine digits tell every float32 from its neighbours."""
+    """Return one line. Nine digits are enough to tell every float32 from its neighbours."""
     return f"{query} Q0 {document} {rank} {score:.9g} {tag}\n"
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Relevance by query and document: `query 0 document relevance`, or BEIR's three columns with a header.
+    """Return relevance by query and document.
 
-    Raises RequestError on the first line that is neither.
+    Lines are `query 0 document relevance`, or BEIR's three columns with a header.
+
+    Raises:
+        RequestError: a line is neither, or there are none.
     """
     judged: dict[str, dict[str, int]] = {}
     for number, _, line in lines(path):

@@ -1,1 +1,1 @@
-"""The servers whose clients are answered: one module each. resolve.py tells them apart."""
+"""The servers whose clients this server answers, with one module each. resolve.py chooses among them."""

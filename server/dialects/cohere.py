@@ -1,22 +1,22 @@
-"""Cohere: /v1/rerank and /v2/rerank. Its clients ask again at 429, and look for `message` in errors."""
+"""Cohere: /v1/rerank and /v2/rerank. Its clients ask again after a 429, and look for `message` in errors."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import Documents, Options, Wording
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
-from jaxrank.server.schema import Documents, Options, Wording
 
 
 class CohereRequest(Options):
-    """A query and the documents to rank for it: texts, or objects of which rank_fields are read."""
+    """A query and the documents to rank for it, which are texts, or objects whose rank_fields are read."""
 
     query: FilledContent
     documents: Documents
-    return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
-    max_chunks_per_doc: int | None = Field(None, description="No effect: documents are scored whole.")
+    return_documents: bool | None = Field(None, description="Whether results carry their document; null means false.")
+    max_chunks_per_doc: int | None = Field(None, description="It has no effect, because documents are scored whole.")
 
 
 COHERE = Dialect(

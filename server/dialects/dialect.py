@@ -1,4 +1,4 @@
-"""What a dialect is: how a request is read, what is answered, in which scale, and how refusals are put."""
+"""A dialect: how a request is read, the form and the scale of the answer, and the form of refusals."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from typing import Any
 from starlette.responses import Response
 
 from jaxrank.errors import TooLongError
+from jaxrank.server.api.request import Options, Rerank, Scored, Terms, Wording, read_rerank
 from jaxrank.server.errors import ErrorBody, Overloaded, Refusal, TooLong, error_body, json_response
-from jaxrank.server.schema import Options, Rerank, Scored, Terms, Wording, read_rerank
 
 Refusals = Mapping[type[Refusal], tuple[int | None, str]]
-"""Status and type of refusals, and of those below them in the tree; None for the status of the class."""
+"""Status and type of refusals and of their subclasses. None stands for the status of the class."""
 
 BUSY: Refusals = {Overloaded: (429, "Overloaded")}
-"""For the dialects whose clients wait and ask again at 429."""
+"""For the dialects whose clients wait and ask again after a 429."""
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """How a dialect's /score is asked and answered: the same as in Dialect, for several queries."""
+    """How a dialect's /score is read and answered. The fields are as in Dialect, for several queries.
+
+    Args:
+        request: The model of the request.
+        read: Reads a JSON object.
+        answer: Makes the answer.
+        answered: The type that documents the answer.
+    """
 
     request: type[Options]
     read: Callable[[dict[str, Any], Terms], list[Rerank]]
@@ -31,13 +38,22 @@ class PairScores:
 
 @dataclass(frozen=True, eq=False)
 class Dialect:
-    """One server's way of being asked to rerank.
+    """The form in which one server's clients ask to rerank.
 
-    title: for the documentation. request: the model of what is asked. answer, answered: what makes the answer, and the
-    type that documents it. raw_scores: answer a cross-encoder's logits where the request does not say, instead of their
-    sigmoid. returns_documents: whether results carry their documents where the request does not say. wording: the texts
-    of refusals that clients may know. refusals: the status and type of those that are not as in server.errors. error,
-    error_body: what makes an error's body of status, message and type, and its model. pairs: its /score, if it has one.
+    Args:
+        name: The name in paths, headers and flags.
+        title: The name in the documentation.
+        request: The model of the request.
+        answer: Makes the answer.
+        answered: The type that documents the answer.
+        raw_scores: Whether a cross-encoder's scores are logits, if the request does not say. Otherwise they are the
+            logits' sigmoid.
+        returns_documents: Whether results carry their documents, if the request does not say.
+        wording: The texts of refusals that clients may know.
+        refusals: The status and type of refusals that differ from server.errors.
+        error: Makes an error's body of status, message and type.
+        error_body: The model of an error's body.
+        pairs: The dialect's /score, if it has one.
     """
 
     name: str
@@ -54,11 +70,20 @@ class Dialect:
     pairs: PairScores | None = None
 
     def read(self, raw: dict[str, Any], terms: Terms) -> Rerank:
-        """The request in a JSON object. Raises BadRequest or TooManyDocuments."""
+        """Return the request in a JSON object.
+
+        Args:
+            raw: The JSON object.
+            terms: The server's limits.
+
+        Raises:
+            BadRequest: The request is not valid.
+            TooManyDocuments: It has more documents than the server takes.
+        """
         return read_rerank(raw, self.request, self.wording, returns_documents=self.returns_documents, terms=terms)
 
     def too_long(self, error: TooLongError, max_length: int) -> TooLong:
-        """The refusal of a pair that does not fit. Clients look for its first words, whatever else it says."""
+        """Return the refusal of a pair that does not fit. Clients look for its first words."""
         if self.wording.too_long and error.tokens:
             return TooLong(self.wording.too_long.format(limit=error.limit, tokens=error.tokens))
         phrase, message = f"This model's maximum context length is {max_length} tokens.", str(error)
@@ -66,12 +91,12 @@ class Dialect:
         return TooLong(message if known else f"{phrase} {message}")
 
     def refusal(self, refusal: Refusal) -> Response:
-        """The answer that says it."""
+        """Return the response for a refusal."""
         status, kind = self._way(type(refusal))
         return json_response(self.error(status, str(refusal), kind), status, refusal.headers)
 
     def status(self, refused: type[Refusal]) -> int:
-        """The status of such a refusal."""
+        """Return the status of this kind of refusal."""
         return self._way(refused)[0]
 
     def _way(self, refused: type[Refusal]) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Infinity: POST /rerank, answered with an object whose documents are texts; GET /models."""
+"""Infinity: POST /rerank, answered with an object whose documents are texts, and GET /models."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import Documents, Options, Rerank, Scored
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import Facts, Ranked, object_answer, text_of
-from jaxrank.server.schema import Documents, Options, Rerank, Scored
 
 
 class InfinityRequest(Options):
@@ -17,7 +17,7 @@ class InfinityRequest(Options):
 
     query: FilledContent
     documents: Documents
-    return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
+    return_documents: bool | None = Field(None, description="Whether results carry their document; null means false.")
 
 
 class InfinityResult(Ranked):
@@ -33,7 +33,7 @@ class InfinityAnswer(Facts):
 
 
 def answer(request: Rerank, scored: Scored) -> dict[str, Any]:
-    """The object, with texts instead of documents that are objects."""
+    """Return the answer as an object, with texts in place of documents that are objects."""
     content = object_answer(request, scored)
     for result in content["results"]:
         if request.return_documents:

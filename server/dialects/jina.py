@@ -1,15 +1,15 @@
-"""Jina: /v1/rerank. Documents come back unless told otherwise; its clients look for `detail` in errors."""
+"""Jina: /v1/rerank. Results carry their documents by default. Its clients look for `detail` in errors."""
 
 from __future__ import annotations
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import Documents, Options
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
-from jaxrank.server.schema import Documents, Options
 
 
 class JinaRequest(Options):
-    """A query and the documents to rank for it: texts, {"text": ...} or {"image": address} objects."""
+    """A query and the documents to rank for it, which are texts, {"text": ...} or {"image": address} objects."""
 
     query: FilledContent
     documents: Documents

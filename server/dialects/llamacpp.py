@@ -1,5 +1,8 @@
-"""llama.cpp's server: /rerank, /reranking, /v1/rerank and /v1/reranking. Cross-encoders' scores are logits; documents
-come back only where that is asked for; errors have types of their own."""
+"""llama.cpp's server: /rerank, /reranking, /v1/rerank and /v1/reranking.
+
+The scores of cross-encoders are logits. Results carry their documents only if the request asks for them. Errors have
+their own types.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import Documents, Options, Rerank, Scored, Wording
 from jaxrank.server.dialects import tei
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.objects import ObjectAnswer, object_answer
@@ -25,7 +29,6 @@ from jaxrank.server.errors import (
     Unauthorized,
     Unavailable,
 )
-from jaxrank.server.schema import Documents, Options, Rerank, Scored, Wording
 
 
 class LlamacppRequest(Options):
@@ -33,11 +36,11 @@ class LlamacppRequest(Options):
 
     query: FilledContent
     documents: Documents
-    return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
+    return_documents: bool | None = Field(None, description="Whether results carry their document; null means false.")
 
 
 def answer(request: Rerank, scored: Scored) -> Any:
-    """The object; TEI's array where the documents were called texts."""
+    """Return the answer as an object, or as TEI's array if the request calls its documents texts."""
     return tei.answer(request, scored) if request.field == "texts" else object_answer(request, scored)
 
 

@@ -1,5 +1,7 @@
-"""The answer that the clients of vLLM, Cohere, Jina, Infinity and llama.cpp all read: an object with `results`, in
-which each of them finds what it looks for."""
+"""The answer that the clients of vLLM, Cohere, Jina, Infinity and llama.cpp all read.
+
+It is an object with `results`. Each client finds the fields that it needs.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jaxrank.server.content import Side, without_payloads
-from jaxrank.server.schema import SPAN, Rerank, Scored, Span
+from jaxrank.server.api.content import Side, without_payloads
+from jaxrank.server.api.request import SPAN, Rerank, Scored, Span
 
 
 class Document(BaseModel):
-    """A document as it was sent: its text, its images and videos without the contents of data: URLs, other fields."""
+    """A document as it was sent: its text, images and videos without the contents of data: URLs, and other fields."""
 
-    text: Any = Field(description="The text that was scored, null if there is none; or the field that was sent.")
+    text: Any = Field(description="The scored text, null if there is none, or the field as it was sent.")
     multi_modal: list[Any] | None = Field(description="The parts as they were sent, if there are images or videos.")
 
 
@@ -29,11 +31,11 @@ class Ranked(BaseModel):
 class ObjectResult(Ranked):
     """One document's place in the ranking."""
 
-    document: Document | None = Field(None, description="If documents are returned.")
+    document: Document | None = Field(None, description="The document, if documents are returned.")
 
 
 class Usage(BaseModel):
-    """Tokens of all pairs as they were scored, with what frames them, and of images and videos."""
+    """Tokens of all pairs as they were scored, including the frame around their texts, and images and videos."""
 
     prompt_tokens: int
     total_tokens: int
@@ -46,7 +48,7 @@ class ApiVersion(BaseModel):
 
 
 class BilledUnits(BaseModel):
-    """What Cohere's clients read: a hundred documents, or part of that, are a unit."""
+    """What Cohere's clients read, where one unit is up to a hundred documents."""
 
     search_units: int
 
@@ -66,7 +68,7 @@ class Meta(BaseModel):
 
 
 class Facts(BaseModel):
-    """What such an answer holds beside its results."""
+    """What such an answer holds besides its results."""
 
     id: str
     object: Literal["rerank"]
@@ -83,7 +85,7 @@ class ObjectAnswer(Facts):
 
 
 def object_answer(request: Rerank, scored: Scored) -> dict[str, Any]:
-    """The ranking as an ObjectAnswer. Documents are objects."""
+    """Return the ranking as an ObjectAnswer. Its documents are objects."""
     total = sum(scored.tokens)
     results: list[dict[str, Any]] = []
     for index in scored.order:
@@ -107,7 +109,7 @@ def object_answer(request: Rerank, scored: Scored) -> dict[str, Any]:
 
 
 def as_object(side: Side, sent: Any) -> dict[str, Any]:
-    """A document as an object: the text that was scored, or the fields of one that was sent so; its media."""
+    """Return a document as an object, with its scored text, the fields that were sent with it, and its media."""
     fields = without_payloads(sent) if isinstance(sent, dict) and "content" not in sent else {}
     if isinstance(side, str):
         return {"text": side, **fields, "multi_modal": None}
@@ -116,7 +118,7 @@ def as_object(side: Side, sent: Any) -> dict[str, Any]:
 
 
 def text_of(side: Side) -> str | None:
-    """The text of a document; None if there is none."""
+    """Return the text of a document, or None if there is none."""
     if isinstance(side, str):
         return side
     return "".join(piece for piece in side if isinstance(piece, str)) or None

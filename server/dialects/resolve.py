@@ -1,11 +1,11 @@
-"""Which dialect a request speaks. First match wins:
+"""Finds the dialect of a request. The first rule that matches decides:
 
 1. path prefix     /cohere/v1/rerank: always right, and set by clients in their base URL
 2. header          X-Rerank-Dialect: cohere
 3. server flag     --dialect cohere
-4. path            /v2/rerank is Cohere's, /reranking llama.cpp's; /rerank TEI's with `texts`, else vLLM's; /score
-                   SGLang's with `query` or `label_token_ids`, else vLLM's
-5. body            fields that one dialect alone has
+4. path            /v2/rerank is Cohere's, and /reranking is llama.cpp's. /rerank is TEI's with `texts`, else vLLM's.
+                   /score is SGLang's with `query` or `label_token_ids`, else vLLM's
+5. body            fields that only one dialect has
 6. otherwise       SGLang's
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxrank.prompts import FRAMED_QUERY
+from jaxrank.server.api.request import as_list
 from jaxrank.server.dialects.cohere import COHERE
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.infinity import INFINITY
@@ -27,7 +27,7 @@ from jaxrank.server.dialects.tei import TEI
 from jaxrank.server.dialects.vllm import VLLM
 from jaxrank.server.dialects.voyage import VOYAGE
 from jaxrank.server.errors import BadRequest, ClientGone, internal
-from jaxrank.server.schema import as_list
+from jaxrank.text.prompts import FRAMED_QUERY
 
 DIALECTS = {one.name: one for one in (SGLANG, VLLM, COHERE, JINA, VOYAGE, TEI, INFINITY, LLAMACPP)}
 
@@ -47,7 +47,12 @@ _VLLM_FIELDS = (
 
 
 def resolve(path: str, raw: dict[str, Any]) -> Dialect:
-    """The dialect by path and body (4 to 6), for requests that do not name it."""
+    """Return the dialect by path and body (rules 4 to 6), for a request that does not name it.
+
+    Args:
+        path: The path of the route.
+        raw: The JSON object of the request.
+    """
     if path in ("/score", "/v1/score"):
         return SGLANG if raw.get("query") is not None or raw.get("label_token_ids") is not None else VLLM
     if path in ("/rerank", "/v1/rerank") and raw.get("texts") is not None:
@@ -70,10 +75,15 @@ def resolve(path: str, raw: dict[str, Any]) -> Dialect:
 
 
 class Naming:
-    """Middleware that notes the dialect that a request names (1 to 3), as state["named_dialect"].
+    """Middleware that notes the dialect that a request names (rules 1 to 3) as state["named_dialect"].
 
-    A path prefix goes into the scope's root_path, so that routes, and the keys that guard them, are the same under
-    each. state["unknown_dialect"] is set where the header names none. What breaks in a named dialect is answered in it.
+    A path prefix goes into the scope's root_path. So the routes, and their keys, are the same under every prefix.
+    state["unknown_dialect"] is set if the header names no known dialect. An unforeseen error of a request that names a
+    dialect is answered in that dialect.
+
+    Args:
+        app: The application inside this middleware.
+        dialect: The server's dialect, for requests that do not name one. None to leave it open.
     """
 
     def __init__(self, app: ASGIApp, dialect: Dialect | None = None) -> None:
@@ -108,9 +118,9 @@ class Naming:
             dialect: Dialect | None = state.get("named_dialect")
             if not answering and dialect is not None and not isinstance(error, ClientGone):
                 await dialect.refusal(internal(state["request_id"]))(scope, receive, send)
-            raise  # to be logged further out
+            raise  # the outer layer logs it
 
 
 def unknown() -> BadRequest:
-    """The refusal of a header that names no dialect."""
+    """Return the refusal of a header that names no known dialect."""
     return BadRequest(f"{HEADER} names no dialect that this server speaks; one of {', '.join(DIALECTS)}.")

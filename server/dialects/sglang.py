@@ -1,4 +1,4 @@
-"""SGLang: POST or PUT /v1/rerank, answered with an array; /v1/score by label tokens, as far as a reranker has them."""
+"""SGLang: POST or PUT /v1/rerank, answered with an array, and /v1/score, as far as a reranker can answer it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
-from jaxrank.server.content import FilledContent, without_payloads
-from jaxrank.server.dialects.dialect import Dialect, PairScores
-from jaxrank.server.dialects.objects import Usage
-from jaxrank.server.errors import BadMedia, NotSupported
-from jaxrank.server.schema import (
+from jaxrank.server.api.content import FilledContent, without_payloads
+from jaxrank.server.api.request import (
     SPAN,
     Documents,
     FilledDocuments,
@@ -27,6 +24,9 @@ from jaxrank.server.schema import (
     to_rerank,
     validate,
 )
+from jaxrank.server.dialects.dialect import Dialect, PairScores
+from jaxrank.server.dialects.objects import Usage
+from jaxrank.server.errors import BadMedia, NotSupported
 
 _EXAMPLE: dict[str, JsonValue] = {
     "query": "what is panda?",
@@ -40,35 +40,35 @@ class SglangRequest(Options):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
-    query: FilledContent = Field(description="What the documents are ranked for.")
+    query: FilledContent = Field(description="The query, for which the documents are ranked.")
     documents: FilledDocuments
 
 
 class MetaInfo(BaseModel):
-    """What scoring one document took."""
+    """The token counts of one document."""
 
     prompt_tokens: int = Field(
-        description="Tokens of the pair as it was scored, or of all its windows, special tokens included."
+        description="Number of scored tokens of the pair, or of all its windows, including special tokens."
     )
-    truncated_tokens: int = Field(description="Tokens of query and document that were cut off. 0: none.")
+    truncated_tokens: int = Field(description="Number of tokens of query and document that were cut off.")
     window: Span | None = Field(None, description=SPAN)
 
 
 class SglangResult(BaseModel):
     """One document's place in the ranking."""
 
-    score: float = Field(description="Higher is more relevant. A raw logit for cross-encoders, else in [0, 1].")
+    score: float = Field(description="Higher is more relevant; it is a raw logit for cross-encoders, else in [0, 1].")
     document: Any = Field(
         None,
-        description="The document's text, or its parts as they were sent, without the contents of data: URLs; no such "
-        "key with return_documents = false.",
+        description="The document's text, or its parts as they were sent, without the contents of data: URLs; the key "
+        "is missing with return_documents = false.",
     )
     index: int = Field(description="The document's place in the request, from 0.")
     meta_info: MetaInfo
 
 
 def answer(request: Rerank, scored: Scored) -> list[dict[str, Any]]:
-    """The array."""
+    """Return the answer as an array."""
     results: list[dict[str, Any]] = []
     for index in scored.order:
         result: dict[str, Any] = {"score": scored.scores[index]}
@@ -83,22 +83,23 @@ def answer(request: Rerank, scored: Scored) -> list[dict[str, Any]]:
 
 
 class SglangScoreRequest(Options):
-    """A query and the items to score for it. The model's one score is all that a reranker has: label tokens, and texts
-    that stand before the query, are refused."""
+    """A query and the items to score for it, where label tokens and items before the query are refused, because a
+    reranker has only one score.
+    """
 
     query: FilledContent
     items: Documents
     label_token_ids: Annotated[list[Any] | None, WithJsonSchema({"type": "null"})] = Field(
-        None, description="Refused unless null: a reranker has no such logits."
+        None, description="Refused unless null, because a reranker has no such logits."
     )
-    apply_softmax: bool | None = Field(None, description="No effect on a single score.")
+    apply_softmax: bool | None = Field(None, description="It has no effect on a single score.")
     item_first: Annotated[bool | None, WithJsonSchema({"enum": [False, None]})] = Field(
         None, description="Refused if true."
     )
 
 
 class SglangScores(BaseModel):
-    """A list with the one score of each item, in the order of the request."""
+    """The scores of the items, each in a list of its own, in the order of the request."""
 
     scores: list[list[float]]
     model: str
@@ -107,7 +108,17 @@ class SglangScores(BaseModel):
 
 
 def read_score(raw: dict[str, Any], terms: Terms) -> list[Rerank]:
-    """The request of /v1/score. Raises BadRequest, TooManyDocuments or NotSupported."""
+    """Return the request of /v1/score.
+
+    Args:
+        raw: The JSON object.
+        terms: The server's limits.
+
+    Raises:
+        BadRequest: The request is not valid.
+        NotSupported: The request asks for label tokens, or for items before the query.
+        TooManyDocuments: It has more items than the server takes.
+    """
     if raw.get("label_token_ids") is not None:
         raise NotSupported(
             "A reranker has one score a document, not the probabilities of label_token_ids. Leave them out for that "
@@ -127,7 +138,7 @@ def read_score(raw: dict[str, Any], terms: Terms) -> list[Rerank]:
 
 
 def answer_score(requests: list[Rerank], scored: list[Scored]) -> dict[str, Any]:
-    """The answer of /v1/score."""
+    """Return the answer of /v1/score."""
     (one,) = scored
     total = sum(one.tokens)
     usage = {"prompt_tokens": total, "total_tokens": total}

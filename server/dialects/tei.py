@@ -1,5 +1,7 @@
-"""Text Embeddings Inference (TEI): POST /rerank with `texts`, answered with an array; errors of a shape of their own;
-GET /info."""
+"""Text Embeddings Inference (TEI): POST /rerank with `texts`, answered with an array, and GET /info.
+
+Its errors have their own form.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import SPAN, Documents, Options, Rerank, Scored, Span, Wording
 from jaxrank.server.dialects.dialect import Dialect
 from jaxrank.server.dialects.objects import text_of
 from jaxrank.server.errors import (
@@ -28,7 +31,6 @@ from jaxrank.server.errors import (
     Unauthorized,
     Unavailable,
 )
-from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span, Wording
 
 
 class TeiRequest(Options):
@@ -36,27 +38,27 @@ class TeiRequest(Options):
 
     query: FilledContent
     texts: Documents
-    return_text: bool | None = Field(None, description="Whether results carry their text. Null: false.")
+    return_text: bool | None = Field(None, description="Whether results carry their text; null means false.")
 
 
 class TeiResult(BaseModel):
     """One text's place in the ranking."""
 
     index: int
-    text: str | None = Field(None, description="If texts are returned.")
+    text: str | None = Field(None, description="The text, if texts are returned.")
     score: float
     window: Span | None = Field(None, description=SPAN)
 
 
 class TeiError(BaseModel):
-    """The body of every answer that is not 200."""
+    """The body of every answer other than 200."""
 
     error: str
     error_type: str = Field(description='"Validation", "Empty", "Overloaded", "Backend" or "Unhealthy".')
 
 
 def answer(request: Rerank, scored: Scored) -> list[dict[str, Any]]:
-    """The array."""
+    """Return the answer as an array."""
     results: list[dict[str, Any]] = []
     for index in scored.order:
         result: dict[str, Any] = {"index": index}
@@ -67,7 +69,7 @@ def answer(request: Rerank, scored: Scored) -> list[dict[str, Any]]:
 
 
 def error(status: int, message: str, kind: str) -> dict[str, Any]:
-    """TEI's error object."""
+    """Return TEI's error object."""
     return {"error": message, "error_type": kind}
 
 

@@ -1,6 +1,6 @@
-"""vLLM: /rerank, /v1/rerank and /v2/rerank, answered with an object; /score and /v1/score for pairs.
+"""vLLM: /rerank, /v1/rerank and /v2/rerank, answered with an object, and /score and /v1/score for pairs.
 
-Also what /rerank answers to clients that do not say who they are: LiteLLM's, Jina's, llama.cpp's.
+This is also the dialect of /rerank for clients that do not name theirs: LiteLLM's, Jina's and llama.cpp's.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from jaxrank.server.content import FilledContent
-from jaxrank.server.dialects.dialect import Dialect, PairScores
-from jaxrank.server.dialects.objects import ObjectAnswer, Usage, object_answer
-from jaxrank.server.errors import BadRequest, Invalid, NoDocuments, Unavailable
-from jaxrank.server.schema import (
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import (
     SPAN,
     Documents,
     FilledDocuments,
@@ -31,26 +28,28 @@ from jaxrank.server.schema import (
     to_rerank,
     validate,
 )
+from jaxrank.server.dialects.dialect import Dialect, PairScores
+from jaxrank.server.dialects.objects import ObjectAnswer, Usage, object_answer
+from jaxrank.server.errors import BadRequest, Invalid, NoDocuments, Unavailable
 
 
 class VllmRequest(Options):
-    """A query and the documents to rank for it. A document {"content": [parts]} is one document, whatever its parts."""
+    """A query and the documents to rank for it, where {"content": [parts]} is one document with any parts."""
 
     query: FilledContent
     documents: Documents
-    top_n: int | None = Field(None, ge=0, description="How many results to answer, best first. 0 or null: all.")
+    top_n: int | None = Field(None, ge=0, description="How many results to answer, best first; 0 or null means all.")
 
 
 PAIRS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
-"""The names under which /score takes its two sides."""
+"""The pairs of names for the two sides of /score."""
 
 _GIVEN: JsonValue = {"type": ["array", "object", "string"]}
 _SIDES: list[JsonValue] = [{"required": list(pair), "properties": dict.fromkeys(pair, _GIVEN)} for pair in PAIRS]
 
 
 class VllmScoreRequest(Options):
-    """Two sides to score against each other, by one of four pairs of names: one with one, one with many, or as many
-    with as many."""
+    """Two sides to score against each other, under one of four pairs of names: 1 with 1, 1 with many, or N with N."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": _SIDES})
 
@@ -84,7 +83,16 @@ class VllmScores(BaseModel):
 
 
 def read_score(raw: dict[str, Any], terms: Terms) -> list[Rerank]:
-    """The request of /score: one Rerank for each query, with its documents. Raises BadRequest or TooManyDocuments."""
+    """Return the request of /score: one Rerank for each query, with its documents.
+
+    Args:
+        raw: The JSON object.
+        terms: The server's limits.
+
+    Raises:
+        BadRequest: The request is not valid.
+        TooManyDocuments: A side has more entries than the server takes.
+    """
     names = [pair for pair in PAIRS if all(raw.get(name) is not None for name in pair)]
     if not names:
         shown = ", ".join(" and ".join(pair) for pair in PAIRS)
@@ -115,7 +123,7 @@ def read_score(raw: dict[str, Any], terms: Terms) -> list[Rerank]:
 
 
 def answer_score(requests: list[Rerank], scored: list[Scored]) -> dict[str, Any]:
-    """The answer of /score."""
+    """Return the answer of /score."""
     scores = {
         index: {"score": score, **one.window(i)}
         for request, one in zip(requests, scored, strict=True)

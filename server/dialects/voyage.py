@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jaxrank.server.content import FilledContent
+from jaxrank.server.api.content import FilledContent
+from jaxrank.server.api.request import SPAN, Documents, Options, Rerank, Scored, Span
 from jaxrank.server.dialects.dialect import BUSY, Dialect
 from jaxrank.server.dialects.objects import Usage, text_of
-from jaxrank.server.schema import SPAN, Documents, Options, Rerank, Scored, Span
 
 
 class VoyageRequest(Options):
@@ -17,7 +17,7 @@ class VoyageRequest(Options):
 
     query: FilledContent
     documents: Documents
-    return_documents: bool | None = Field(None, description="Whether results carry their document. Null: false.")
+    return_documents: bool | None = Field(None, description="Whether results carry their document; null means false.")
 
 
 class VoyageResult(BaseModel):
@@ -39,7 +39,7 @@ class VoyageAnswer(BaseModel):
 
 
 def answer(request: Rerank, scored: Scored) -> dict[str, Any]:
-    """The list."""
+    """Return the answer as a list object."""
     data: list[dict[str, Any]] = []
     for index in scored.order:
         result: dict[str, Any] = {"relevance_score": scored.scores[index], "index": index}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrank.packing import plan, row_size
+from jaxrank.runtime.packing import plan, row_size
 from jaxrank.types import Encoded
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"

@@ -52,7 +52,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 def test_flags_read_by_another_program(folder: Path) -> None:
-    """As jaxrank.server.ray_app and ray_data do, whose own tests need Ray."""
+    """As jaxrank.server.on_ray.app and ray_data do, whose own tests need Ray."""
     parser = argparse.ArgumentParser()
     model.model_arguments(parser)
     asked = parser.parse_args([*NO_CACHE, "--dtype", "float32"])

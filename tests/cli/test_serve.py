@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from jaxrank import cli
-from jaxrank.media import Limits
+from jaxrank.media.images import Limits
 from jaxrank.reranker import DEFAULT_CACHE
 from jaxrank.server.dialects.resolve import DIALECTS
-from jaxrank.server.fetch import MediaAccess
+from jaxrank.server.media.fetch import MediaAccess
 from tests.cli.commands import NO_CACHE, Run, complaint
 
 LAUNCH = r"""

@@ -19,9 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jaxrank import checkpoint, convert
+from jaxrank import convert
 from jaxrank.convert import rules
 from jaxrank.errors import CheckpointError, ModelError
+from jaxrank.weights import converted as checkpoint
 from tests.checkpoints import make_bge
 
 CONVERT = "import sys; from jaxrank import convert; convert.convert(sys.argv[1], sys.argv[2], progress=False)"

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import XLMRobertaForSequenceClassification
 
-from jaxrank import checkpoint, convert
+from jaxrank import convert
 from jaxrank.errors import CheckpointError, UnsupportedError
+from jaxrank.weights import converted as checkpoint
 from tests.checkpoints import edit_config, make_bge
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jaxrank import checkpoint, convert
+from jaxrank import convert
 from jaxrank.errors import CheckpointError
+from jaxrank.weights import converted as checkpoint
 from tests import joined
 from tests.checkpoints import edit_config, make_qwen3
 

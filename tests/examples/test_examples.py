@@ -20,8 +20,8 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM, XLMRobertaForSequenceClassification
 
 from jaxrank import Reranker
-from jaxrank.packing import pack
 from jaxrank.reranker import BUILTIN
+from jaxrank.runtime.packing import pack
 from tests.checkpoints import make_qwen3
 
 EXAMPLES = Path(__file__).parent.parent.parent / "docs" / "examples"

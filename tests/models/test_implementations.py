@@ -14,12 +14,12 @@ from transformers import XLMRobertaForSequenceClassification
 
 from benchmarks.publisher import Script
 from jaxrank import convert
-from jaxrank.checkpoint import read_config
 from jaxrank.kernels import IMPLEMENTATIONS
 from jaxrank.models import layers, settings_of
-from jaxrank.packing import pack
-from jaxrank.scoring import whole
+from jaxrank.runtime.packing import pack
+from jaxrank.runtime.programs import whole
 from jaxrank.types import Encoded
+from jaxrank.weights.converted import read_config
 from tests.checkpoints import make_bge, make_qwen3
 
 RUNNABLE = [

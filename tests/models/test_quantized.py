@@ -12,10 +12,11 @@ from flax import nnx
 
 from benchmarks.publisher import Script
 from benchmarks.publisher_vl import PublishedVL
-from jaxrank import checkpoint, convert
+from jaxrank import convert
 from jaxrank.models import layers
 from jaxrank.models.quantized import Quantized, largest_magnitudes, rounded, scales
-from jaxrank.scoring import Scorer
+from jaxrank.runtime.scorer import Scorer
+from jaxrank.weights import converted as checkpoint
 from tests.checkpoints import make_bge, make_qwen3, make_qwen3_vl
 from tests.dequantised import dequantised, round_rows
 from tests.models import test_qwen3, test_qwen3_vl, test_xlm_roberta

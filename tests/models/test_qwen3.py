@@ -16,8 +16,9 @@ from benchmarks.publisher import Script
 from jaxrank import convert
 from jaxrank.errors import UnsupportedError
 from jaxrank.models.qwen3 import Qwen3Config
-from jaxrank.packing import pack
-from jaxrank.scoring import Scorer, compile_whole
+from jaxrank.runtime.packing import pack
+from jaxrank.runtime.programs import compile_whole
+from jaxrank.runtime.scorer import Scorer
 from jaxrank.types import NO_PREFIX, Encoded
 from tests.checkpoints import make_qwen3
 

@@ -15,17 +15,19 @@ import torch
 from flax import nnx
 
 from benchmarks.publisher_vl import Prompt, PublishedVL
-from jaxrank import checkpoint, convert
+from jaxrank import convert
 from jaxrank.errors import CheckpointError, UnsupportedError
 from jaxrank.kernels.rotary import rotary
+from jaxrank.media.grid import mrope_positions
 from jaxrank.models import settings_of
 from jaxrank.models.qwen3 import Qwen3
 from jaxrank.models.qwen3_vl import Qwen3VLConfig
 from jaxrank.models.vision import Vision, VisionConfig
-from jaxrank.packing import pack
-from jaxrank.patch_rows import cut_features, mrope_positions, pack_patches
-from jaxrank.scoring import compile_in_parts, compile_whole, take_tower, whole_tower
+from jaxrank.runtime.packing import pack
+from jaxrank.runtime.patch_packing import cut_features, pack_patches
+from jaxrank.runtime.programs import compile_in_parts, compile_whole, take_tower, whole_tower
 from jaxrank.types import Encoded, MediaTokens, Packed, Patches
+from jaxrank.weights import converted as checkpoint
 from tests.checkpoints import make_qwen3_vl
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from transformers import XLMRobertaForSequenceClassification
 from jaxrank import convert
 from jaxrank.errors import UnsupportedError
 from jaxrank.models.xlm_roberta import XLMRobertaConfig
-from jaxrank.scoring import Scorer
+from jaxrank.runtime.scorer import Scorer
 from jaxrank.types import Encoded
 from tests.checkpoints import make_bge
 

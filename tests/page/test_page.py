@@ -19,8 +19,8 @@ import pytest
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from jaxrank.media import Preprocessing
-from jaxrank.patches import image_patches
+from jaxrank.media.images import Preprocessing
+from jaxrank.media.patches import image_patches
 from jaxrank.reranker import Reranker
 from tests.media import encoded, photo
 from tests.server.fakes import FakeReranker, serving, until

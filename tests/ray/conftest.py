@@ -114,7 +114,7 @@ def cluster(keys: Path) -> Iterator[Cluster]:
     port = free_port()
     limits = {"max_documents": 30, "max_queue_requests": 16}
     arguments = {"replicas": 2, "cpus": 0.5, "api_key_file": str(keys), "open_metrics": True, **limits}
-    app = {"name": "jaxrank", "import_path": "jaxrank.server.ray_app:build", "route_prefix": "/", "args": arguments}
+    app = {"name": "jaxrank", "import_path": "jaxrank.server.on_ray.app:build", "route_prefix": "/", "args": arguments}
     config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [app]}
     # short: names of sockets hold at most 107 bytes
     with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as scratch:
@@ -128,7 +128,7 @@ def cluster(keys: Path) -> Iterator[Cluster]:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "jaxrank.server.ray_retry:middleware",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "jaxrank.server.on_ray.retry:middleware",
         }
         with running(command, log, **environment) as process:
             url, folder = f"http://127.0.0.1:{port}", Path(scratch, "ray")

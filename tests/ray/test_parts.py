@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import rows, write_lines
 
-from jaxrank import RequestError, parts
+from jaxrank import RequestError
+from jaxrank.offline import parts
 
 
 class TestParts:

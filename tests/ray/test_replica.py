@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from ray.serve.schema import ServeDeploySchema
 
 from jaxrank import RequestError, Reranker
-from jaxrank.server import ray_app
+from jaxrank.server.on_ray import app as ray_app
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 
@@ -53,7 +53,7 @@ def test_configurations_in_deploy_are_taken() -> None:
     service = yaml.safe_load((DEPLOY / "kubernetes" / "ray.yaml").read_text())["spec"]
     for config in (alone, yaml.safe_load(service["serveConfigV2"])):
         (app,) = ServeDeploySchema.model_validate(config).applications
-        assert app.import_path == "jaxrank.server.ray_app:build"
+        assert app.import_path == "jaxrank.server.on_ray.app:build"
         assert ray_app.read(app.args).gpus == 1
     (worker,) = service["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
     assert int(worker["resources"]["limits"]["cpu"]) >= app.args["cpus"], "no replica fits a worker"

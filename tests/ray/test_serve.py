@@ -1,4 +1,4 @@
-"""`serve run jaxrank.server.ray_app:build`: the plain server's answers, and replicas that die under load."""
+"""`serve run jaxrank.server.on_ray.app:build`: the plain server's answers, and replicas that die under load."""
 
 from __future__ import annotations
 

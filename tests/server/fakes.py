@@ -14,14 +14,14 @@ from typing import Any
 import httpx
 import numpy as np
 
-from jaxrank.attention import Choice
-from jaxrank.calls import Call, Fetch
 from jaxrank.errors import RequestError, TooLongError
-from jaxrank.media import Preprocessing
+from jaxrank.media.images import Preprocessing
+from jaxrank.runtime.attention import Choice
+from jaxrank.runtime.calls import Call, Fetch
 from jaxrank.server import create_app
-from jaxrank.server.connections import Config, Server
+from jaxrank.server.http.connections import Config, Server
 from jaxrank.stages import Stages
-from jaxrank.tokens import NO_CUT, Cut, Token, check_text
+from jaxrank.text.tokenizer import NO_CUT, Cut, Token, check_text
 from jaxrank.types import Encoded, Window, Work
 
 

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from jaxrank.errors import RequestError
 from jaxrank.server import create_app
-from jaxrank.server.access import open_to_all, read_keys
+from jaxrank.server.http.access import open_to_all, read_keys
 from tests.server.fakes import FakeReranker, rerank, serving
 
 GOOD = {"query": "fruit", "documents": ["1 apple", "3 pears"]}
@@ -172,7 +172,7 @@ class TestKeyFile:
 def test_keys_do_not_stay_in_the_process_list() -> None:
     program = """
         import sys
-        from jaxrank.server.access import hide_from_process_list
+        from jaxrank.server.http.access import hide_from_process_list
         hide_from_process_list(["hunter2", "other=2", "serve"])
         print(open("/proc/self/cmdline").read().split(chr(0))[3:])
         print(sys.argv[1:])

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from jaxrank.server import create_app
-from jaxrank.server.app import encode_threads_for, usable_cores
+from jaxrank.server.settings import encode_threads_for, usable_cores
 from tests.server.fakes import FakeReranker, rerank, serving, until
 
 GOOD = {"query": "fruit", "documents": ["1 apple", "3 pears"]}

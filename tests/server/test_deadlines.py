@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from jaxrank.media import Preprocessing
+from jaxrank.media.images import Preprocessing
 from jaxrank.server.errors import ClientGone
-from jaxrank.server.fetch import MediaAccess
-from jaxrank.server.leash import Leash
+from jaxrank.server.http.leash import Leash
+from jaxrank.server.media.fetch import MediaAccess
 from jaxrank.types import Encoded
 from tests.server.fakes import FakeReranker, rerank, serving, until
 

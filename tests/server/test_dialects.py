@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from jaxrank.server import create_app
-from jaxrank.server.app import encode_threads_for, usable_cores
 from jaxrank.server.dialects.resolve import DIALECTS
+from jaxrank.server.settings import encode_threads_for, usable_cores
 from jaxrank.version import __version__
 from tests.server.fakes import FakeReranker, serving, until
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
-from jaxrank.server.content_schema import content_schemas
+from jaxrank.server.api.schemas import content_schemas
 from jaxrank.server.dialects.resolve import DIALECTS
 from tests.server.fakes import FakeReranker, serving, until
 

@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from jaxrank import tokens
 from jaxrank.reranker import Reranker
 from jaxrank.server import create_app
-from jaxrank.server.connections import Config, Server
+from jaxrank.server.http.connections import Config, Server
 from jaxrank.server.serve import forget_garbage
+from jaxrank.text import tokenizer as tokens
 from tests.checkpoints import TEXT, make_bge
 from tests.server.fakes import FakeReranker, serving
 

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from jaxrank.server import app
+from jaxrank.server import service
 from jaxrank.server.errors import ScoringFailed
 from jaxrank.server.scheduler import BatchReport, Scheduler
 from jaxrank.types import Encoded
@@ -179,7 +179,7 @@ class TestReadiness:
             until(lambda: httpx.get(base + "/ready").status_code == 200)
 
     def test_health_is_red_when_it_lasts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(app, "FAILING_FOR_LONG_S", 0.2)
+        monkeypatch.setattr(service, "FAILING_FOR_LONG_S", 0.2)
         fake = Broken()
         with serving(fake, fail_after=1, probe_s=0.05) as base:
             fake.broken = True

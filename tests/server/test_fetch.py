@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from jaxrank.errors import MediaError
-from jaxrank.server import network
-from jaxrank.server.fetch import REASONS, Fetcher, MediaAccess
-from jaxrank.server.network import is_public
+from jaxrank.server.media import network
+from jaxrank.server.media.fetch import REASONS, Fetcher, MediaAccess
+from jaxrank.server.media.network import is_public
 from tests.server.web import Web, answer, drip, redirect, web
 
 LOCAL = MediaAccess(private=True)

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from jaxrank.server.errors import Refusal
-from jaxrank.server.json_input import load_json
+from jaxrank.server.http.json_input import load_json
 from tests.server.fakes import FakeReranker, rerank, serving, until
 
 HEAD = b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"

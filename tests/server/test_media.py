@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrank.decoding import Decoder
 from jaxrank.errors import JaxrankError, MediaError
-from jaxrank.media import Kind
-from jaxrank.patches import image_patches, video_patches
-from jaxrank.server.fetch import Fetcher, MediaAccess
-from jaxrank.server.media import MediaLoader, MediaPart
+from jaxrank.media.decoding import Decoder
+from jaxrank.media.images import Kind
+from jaxrank.media.patches import image_patches, video_patches
+from jaxrank.server.media.fetch import Fetcher, MediaAccess
+from jaxrank.server.media.loading import MediaLoader, MediaPart
 from jaxrank.types import Patches
 from tests.media import encoded, photo
 from tests.server.web import Web, answer, drip, web

@@ -22,7 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jaxrank.errors import RequestError
 from jaxrank.reranker import Reranker
-from jaxrank.server import create_app, logs
+from jaxrank.server import create_app
+from jaxrank.server.observe import logs
 from tests.checkpoints import make_qwen3
 from tests.server.fakes import FakeReranker, rerank, serving, until
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrank.calls import Call, Fetch, Scored, has_room
 from jaxrank.reranker import Reranker
+from jaxrank.runtime.calls import Call, Fetch, Scored, has_room
 from jaxrank.server.errors import ScoringFailed
 from jaxrank.server.scheduler import BatchReport, Scheduler
 from jaxrank.types import Encoded, Media

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from jaxrank.server import ray_retry
-from jaxrank.server.ray_retry import TRIES, Retry
+from jaxrank.server.on_ray import retry as ray_retry
+from jaxrank.server.on_ray.retry import TRIES, Retry
 
 
 class Proxy:

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from jaxrank import Reranker
-from jaxrank.media import Limits
+from jaxrank.media.images import Limits
 from jaxrank.server.dialects.resolve import DIALECTS
-from jaxrank.server.fetch import MediaAccess
+from jaxrank.server.media.fetch import MediaAccess
 from tests.checkpoints import make_qwen3_vl
 from tests.media import clip, encoded, photo
 from tests.server.fakes import rerank, serving

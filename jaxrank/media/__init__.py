@@ -1,0 +1,1 @@
+"""Images and video become patches. Nothing here uses JAX."""

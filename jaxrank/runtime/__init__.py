@@ -1,0 +1,1 @@
+"""Encoded pairs become scores: packed rows, compiled programs, device calls."""

@@ -1,0 +1,1 @@
+"""Connections, limits and access: the checks for every request, on any route."""

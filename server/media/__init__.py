@@ -1,0 +1,1 @@
+"""The images and videos that a request names."""

@@ -1,0 +1,1 @@
+"""The information for operators: metrics, logs and traces."""
