@@ -37,7 +37,7 @@ check: .venv/check
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
-	.venv/bin/pyright jaxrank/convert/*.py jaxrank/server/*.py jaxrank/server/dialects/*.py  # it does not follow links to folders by itself
+	.venv/bin/pyright $$(find jaxrank/convert/ jaxrank/server/ -name '*.py')  # it does not follow links to folders by itself
 	.venv/bin/python tests/check_wheel.py
 	.venv/bin/python tests/check_deploy.py
 
