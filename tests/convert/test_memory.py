@@ -11,7 +11,8 @@ from tests.checkpoints import make_bge
 MEASURE = """
 import sys, jax
 from pathlib import Path
-from jaxrank import checkpoint, convert
+from jaxrank import convert
+from jaxrank.weights import converted as checkpoint
 from jaxrank.sharding import make_mesh
 jax.config.update("jax_num_cpu_devices", 8)
 jax.block_until_ready(jax.device_put(0.0))
